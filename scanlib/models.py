@@ -1,0 +1,186 @@
+"""Classifiers to explain: two small teaching models for Signs, and any torchvision classifier.
+
+    target = load_target("signs_cnn")                   # trained; its checkpoint ships
+    target = load_target("resnet50", "DEFAULT")         # torchvision's weights
+    logits = target.model(target.preprocess(images))    # images (N, 3, H, W) in [0, 255]
+    target.layer, target.classes, target.image_size     # "layer4", ["tench", ...], (224, 224)
+"""
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from scanlib.checkpoint import load_checkpoint
+from scanlib.data import Signs
+
+CHECKPOINTS = Path(__file__).parent.parent / "data" / "checkpoints"
+
+
+class Normalize(nn.Module):
+    """Images in [0, 255] -> (x / 255 - mean) / std per channel."""
+
+    def __init__(self, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images / 255 - self.mean.to(images.device)) / self.std.to(images.device)
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1):
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)),
+        )
+        same = in_channels == channels and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.shortcut(x) + self.body(x))
+
+
+class SmallResNet(nn.Module):
+    """A residual CNN for 64 px, about 0.7 M parameters: (B, 3, 64, 64) -> (B, classes).
+
+    stem and layer1 32 channels at 32x32, layer2 64 and layer3 96 at 16x16, layer4 192 at 8x8; mean over the grid; linear.
+    """
+
+    def __init__(self, classes: int = 10):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
+        self.layer1 = _Block(32, 32)
+        self.layer2 = _Block(32, 64, stride=2)
+        self.layer3 = _Block(64, 96)
+        self.layer4 = _Block(96, 192, stride=2)
+        self.head = nn.Linear(192, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+def small_vit(classes: int = 10) -> nn.Module:
+    """torchvision's VisionTransformer for 64 px: patches of 8, six blocks, 128 wide, four heads, about 1.2 M parameters."""
+    return torchvision.models.VisionTransformer(64, 8, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=512, num_classes=classes)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A classifier ready to be explained.
+
+    model: in eval mode. preprocess: images (N, 3, H, W) in [0, 255] -> model input, no resizing or cropping. layer: default target
+    layer. classes: their names. image_size: (H, W) the model was trained at.
+    """
+
+    model: nn.Module
+    preprocess: Callable[[Tensor], Tensor]
+    layer: str
+    classes: list[str]
+    image_size: tuple[int, int]
+
+
+SIGNS_MODELS = {"signs_cnn": (SmallResNet, "layer4"), "signs_vit": (small_vit, "encoder.layers.encoder_layer_4")}
+
+
+def load_target(name: str, weights: str | os.PathLike | None = "DEFAULT") -> Target:
+    """Build a classifier by name: "signs_cnn", "signs_vit", or any torchvision classifier ("resnet50", "squeezenet1_1").
+
+    weights: "DEFAULT" for the shipped or torchvision's weights, None for random ones, or the path of a state dict.
+
+    Raises ValueError for an unknown name or weights of another model, FileNotFoundError when weights can not be had, with a line
+    that says which file to put where.
+    """
+    if name in SIGNS_MODELS:
+        build, layer = SIGNS_MODELS[name]
+        model, size, classes, preprocess = build(), 64, list(Signs.classes), Normalize()
+        path = CHECKPOINTS / f"{name}.pt" if weights == "DEFAULT" else weights
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"no weights at {path}; make them with `python data/make_checkpoints.py {name}`, or pass weights=None")
+    else:
+        model, path, size, classes, preprocess = _torchvision_target(name, weights)
+        layer = default_layer(model, size)
+    if path is not None:
+        _load_weights(model, path, name)
+    return Target(model.eval(), preprocess, layer, classes, (size, size))
+
+
+def _torchvision_target(name: str, weights):
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        close = difflib.get_close_matches(name, [*names, *SIGNS_MODELS], n=5) or list(SIGNS_MODELS)
+        raise ValueError(f"model {name!r} is not known; close matches: {', '.join(close)}")
+    options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, weights=None, **options)
+    known = torchvision.models.get_model_weights(name).DEFAULT
+    transform = known.transforms()
+    path = _downloaded(name, known.url) if weights == "DEFAULT" else weights
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(f"no weights at {path}; put a state dict of {name} there (torchvision's is {Path(known.url).name})")
+    return model, path, transform.crop_size[0], list(known.meta["categories"]), Normalize(transform.mean, transform.std)
+
+
+def _downloaded(name: str, url: str) -> Path:
+    """torchvision's weights file in torch.hub's cache, downloaded when it is not there yet."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1])
+        except Exception as error:  # offline, proxy, disk: urllib and torch.hub raise many kinds
+            reason = f"could not be downloaded ({type(error).__name__})"
+            raise FileNotFoundError(f"the weights of {name} {reason}; put {path.name} into {path.parent}, or pass weights=PATH") from error
+    return path
+
+
+def _load_weights(model: nn.Module, path, name: str) -> None:
+    state = load_checkpoint(path)
+    state = state.get("state_dict", state)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of {name}: {str(error).splitlines()[1].strip()[:160]}") from error
+
+
+def default_layer(model: nn.Module, size: int = 224) -> str:
+    """The last layer with a spatial extent in front of the head, found by one forward pass of zeros at ``size`` pixels.
+
+    For a vision transformer with a class token: the last block's first LayerNorm, since the block's own output sends no gradient to
+    the patch tokens. Raises ValueError when no layer has a spatial extent.
+    """
+    if isinstance(model, torchvision.models.VisionTransformer):
+        return f"encoder.layers.{list(dict(model.encoder.layers.named_children()))[-1]}.ln_1"
+    found, handles = [], []
+    heads = ("classifier", "head", "fc", "AuxLogits")
+
+    def note(name):
+        def hook(module, inputs, output):
+            if isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[1:3]) > 1 and output.shape[2] > 1:
+                found.append(name)
+
+        return hook
+
+    modules = [(name, module) for name, module in model.named_modules() if name and name.split(".")[0] not in heads]
+    was_training = model.training
+    try:
+        handles = [module.register_forward_hook(note(name)) for name, module in modules]
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no layer with a spatial extent; give target_layer by name")
+    return found[-1]

@@ -1,0 +1,540 @@
+"""SCAN: train a decoder to rebuild pictures from one layer's gradient-masked features; where it is sure is the explanation.
+
+Lee, Jeong, Jhang, "SCAN: Visual Explanations with Self-Confidence and Analysis Networks", IEEE TAI 2026, arXiv 2603.06523.
+
+    scanner = SCAN(model, "layer4", image_size=(224, 224)).set_preprocess(preprocess)
+    scanner.set_dataset(loader).generate_decoder().compile().fit(epochs=2)
+    confidence, reconstruction = scanner(image, percentile=95)      # (H, W) float in [0, 1], (H, W, 3) uint8
+
+For features F at the layer and the class's gradient there, G = relu(dy_c / dF), the decoder sees F * [G >= Q] with Q the P-th percentile
+of G's positive entries (Eq. 1). Its target is the picture blurred to the layer's grid.
+"""
+
+import math
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scanlib import decoders
+from scanlib.checkpoint import load_checkpoint, save_checkpoint
+from scanlib.hooks import FeatureTap, Layout, class_indices, resolve_layer
+from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, split_outputs
+from scanlib.trainer import Trainer
+
+MASKS = ("gradient", "attribution", "position")
+
+
+def percentile_of_positives(scores: Tensor, percentile: Tensor | float) -> Tensor:
+    """The P-th percentile of each image's positive entries, linearly interpolated, shaped (B, 1, ...) to compare with the scores.
+
+    scores (B, ...); percentile a number or (B,) in 0..100. An image without a positive entry gives 0, which keeps everything.
+    """
+    flat = scores.flatten(1).sort(1).values  # the positive ones stand last
+    positives = (flat > 0).sum(1)
+    first = flat.shape[1] - positives
+    percentile = torch.as_tensor(percentile, dtype=flat.dtype, device=flat.device).expand(len(flat))
+    place = percentile / 100 * (positives - 1).clamp_min(0)
+    below = (first + place.floor().long()).clamp_max(flat.shape[1] - 1)[:, None]
+    above = (first + place.ceil().long()).clamp_max(flat.shape[1] - 1)[:, None]
+    threshold = torch.lerp(flat.gather(1, below), flat.gather(1, above), (place - place.floor())[:, None])
+    threshold = torch.where(positives[:, None] > 0, threshold, 0)
+    return threshold.view(-1, *[1] * (scores.ndim - 1))
+
+
+def mask_scores(features: Tensor, gradient: Tensor, mask_by: str, channel_dim: int = 1) -> Tensor:
+    """What the percentile ranks: "gradient" relu(G) as published, "attribution" relu(G F), or "position", which is attribution times the
+    positive part of its sum over the channels, so that an entry counts where the place as a whole speaks for the class."""
+    if mask_by == "gradient":
+        return gradient.relu()
+    attribution = gradient * features
+    if mask_by == "attribution":
+        return attribution.relu()
+    return attribution.relu() * attribution.sum(channel_dim, keepdim=True).relu()
+
+
+def blur_to_grid(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The picture a layer with this grid can know: Gaussian blur, sigma = picture / grid per axis, reflected edges. Same shape."""
+    for axis, cells in ((2, grid[0]), (3, grid[1])):
+        sigma = images.shape[axis] / cells
+        radius = int(2 * sigma) // 2
+        if radius == 0:
+            continue
+        kernel = torch.exp(-torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype).square() / (2 * sigma**2))
+        kernel = kernel / kernel.sum()
+        pad = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
+        weight = (kernel.view(1, 1, -1, 1) if axis == 2 else kernel.view(1, 1, 1, -1)).expand(images.shape[1], 1, -1, -1)
+        images = F.conv2d(F.pad(images, pad, mode="reflect"), weight, groups=images.shape[1])
+    return images
+
+
+class FeatureCache:
+    """Batches of encoded pictures from memory: the frozen model runs once, not once an epoch."""
+
+    def __init__(self, tensors: Sequence[Tensor], batch_size: int, shuffle: bool):
+        self.tensors, self.batch_size, self.shuffle = tensors, batch_size, shuffle
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.tensors[0]) / self.batch_size)
+
+    def __iter__(self):
+        count = len(self.tensors[0])
+        order = torch.randperm(count) if self.shuffle else torch.arange(count)
+        for index in order.split(self.batch_size):
+            yield tuple(tensor[index.to(tensor.device)] for tensor in self.tensors)
+
+
+class _Encoded:
+    """A loader whose batches are encoded as they come."""
+
+    def __init__(self, loader, encode):
+        self.loader, self.encode = loader, encode
+        self.sampler, self.generator = getattr(loader, "sampler", None), getattr(loader, "generator", None)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        return (self.encode(batch) for batch in self.loader)
+
+
+class SCAN:
+    """The published interface; set-up calls chain.
+
+    Args:
+        target_model: the classifier; put in eval mode and used frozen. (N, 3, H, W) preprocessed -> (N, K) logits.
+        target_layer: name, module, or index into ``list(model.modules())[1:]``.
+        image_size: (H, W) the pictures are resized to.
+        use_gradient_mask: False decodes all features and needs no gradient.
+        decoder_model: a decoder of your own: masked features -> (N, 4, h', w').
+        device: where to work; None takes CUDA if there is one, else the CPU.
+        num_classes: kept for compatibility; the number of classes is read off the logits.
+        mask_by: what the percentile ranks: "gradient" (published), "attribution" or "position"; see ``mask_scores``.
+
+    Images everywhere are (N, 3, H, W) or (3, H, W), uint8 or float, in [0, 255].
+    """
+
+    def __init__(
+        self,
+        target_model: nn.Module,
+        target_layer: str | int | nn.Module,
+        image_size: tuple[int, int] = (224, 224),
+        use_gradient_mask: bool = True,
+        decoder_model: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        num_classes: int = 1000,
+        *,
+        mask_by: str = "gradient",
+    ):
+        if mask_by not in MASKS:
+            raise ValueError(f"mask_by {mask_by!r} is not known; take one of {', '.join(MASKS)}")
+        self.layer_name, _ = resolve_layer(target_model, target_layer)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = target_model.to(self.device).eval()
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.use_gradient_mask, self.mask_by, self.num_classes = use_gradient_mask, mask_by, num_classes
+        self.decoder = decoder_model.to(self.device) if decoder_model is not None else None
+        self.preprocess: Callable[[Tensor], Tensor] = lambda images: images
+        self.dataset = self.valid_dataset = None
+        self.use_augmentation: tuple[float, float] | bool = (70, 100)
+        self.criterion = self.optimizer = self.scheduler = self.trainer = None
+        self.metrics: list = []
+        self._layout: Layout | None = None
+        self._decoder_config: dict | None = None
+        self._warned: set[str] = set()
+        self.trained = False
+
+    # --- set-up ---
+
+    def set_preprocess(self, function: Callable[[Tensor], Tensor]) -> "SCAN":
+        """What turns images in [0, 255] into the model's input (scaling and normalising; it must not crop)."""
+        self.preprocess, self._layout = function, None
+        return self
+
+    def set_dataset(self, dataloader: Iterable, use_augmentation: tuple[float, float] | bool = (70, 100)) -> "SCAN":
+        """Training pictures: batches of (images, labels), or of images alone; a label below 0 means "not known". SCAN masks by the
+        label's gradient, by the predicted class's where there is none.
+
+        use_augmentation: the range the percentile is drawn from, per picture and visit; False masks by G > 0, True is (70, 100).
+        """
+        if use_augmentation is True:
+            use_augmentation = (70, 100)
+        if use_augmentation is not False:
+            low, high = (_checked_percentile(end) for end in use_augmentation)
+            if low > high:
+                raise ValueError(f"use_augmentation {use_augmentation} runs backwards; give (low, high), as (70, 100)")
+        self.dataset, self.use_augmentation = dataloader, use_augmentation
+        return self
+
+    def set_validation_dataset(self, dataloader: Iterable) -> "SCAN":
+        """Pictures to validate on after each epoch, masked by G > 0."""
+        self.valid_dataset = dataloader
+        return self
+
+    def generate_decoder(
+        self,
+        is_Transformer: bool | None = None,
+        ch_per_lv: Sequence[int] | None = None,
+        *,
+        output_stride: int | None = None,
+        upsampling: str = "bilinear",
+    ) -> "SCAN":
+        """Build the decoder for this layer.
+
+        is_Transformer: None takes the transformer decoder for token layers and the convolutional one else.
+        The other arguments are the decoders': see ``ConvolutionalDecoder``.
+        """
+        layout = self.layout
+        config = {
+            "decoder": "TransformerDecoder" if (layout.kind == "BTC" if is_Transformer is None else is_Transformer) else "ConvolutionalDecoder",
+            "in_channels": layout.channels,
+            "grid": list(layout.grid),
+            "image_size": list(self.image_size),
+            "ch_per_lv": list(ch_per_lv) if ch_per_lv is not None else None,
+            "output_stride": output_stride,
+            "upsampling": upsampling,
+        }
+        if config["decoder"] == "TransformerDecoder":
+            config["prefix"] = layout.prefix
+        self._build(config)
+        self.trained = False
+        return self
+
+    def _build(self, config: dict) -> None:
+        arguments = {name: value for name, value in config.items() if name != "decoder"}
+        kind = {"ConvolutionalDecoder": decoders.ConvolutionalDecoder, "TransformerDecoder": decoders.TransformerDecoder}[config["decoder"]]
+        self.decoder = kind(**arguments).to(self.device, memory_format=torch.channels_last)
+        self._decoder_config = config
+        self.optimizer = self.trainer = None
+
+    def compile(
+        self,
+        loss_alpha: float = 4.0,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        learning_rate: float = 1e-3,
+        metrics: Sequence[type] | None = None,
+        scheduler_class=None,
+        scheduler_kwargs: dict | None = None,
+        *,
+        scheduler_interval: str = "epoch",
+    ) -> "SCAN":
+        """Choose loss and optimizer. loss_alpha: the map should cover 1 / (1 + alpha) of the picture. metrics: classes with reset(),
+        update(target, outputs), compute(); None takes ConfidentMAE and NonConfidentMAE. The scheduler steps once an epoch, or
+        once a step with scheduler_interval="step"."""
+        self._need_decoder("generate_decoder() or load_decoder(path)")
+        self.criterion = SelfConfidenceLoss(loss_alpha)
+        self.optimizer = optimizer_class(self.decoder.parameters(), lr=learning_rate)
+        self.scheduler = scheduler_class(self.optimizer, **(scheduler_kwargs or {})) if scheduler_class else None
+        self.metrics = [metric() for metric in (metrics if metrics is not None else (ConfidentMAE, NonConfidentMAE))]
+        self._scheduler_interval = scheduler_interval
+        self.trainer = None
+        return self
+
+    # --- training ---
+
+    def fit(
+        self,
+        epochs: int = 2,
+        verbose: bool = True,
+        *,
+        checkpoint: str | os.PathLike | None = None,
+        cache: bool | str = "auto",
+        cache_budget: float = 4e9,
+        seed: int = 0,
+        amp: bool = False,
+        on_step: Callable[[Trainer], None] | None = None,
+    ) -> dict[str, list[float]]:
+        """Train the decoder. Returns {"loss", "val_loss", each metric's name and "val_" + it: one value an epoch}.
+
+        checkpoint: a file to save to and resume from; a run killed at any moment and started again ends with the same weights.
+        cache: keep the features, so that the frozen model runs once: True, False, or "auto", which does when several epochs are to come,
+            cache_budget bytes suffice and the pictures come the same each time.
+        amp: bfloat16 autocast. on_step: called with the trainer after each step.
+        """
+        if self.dataset is None:
+            raise RuntimeError("there is nothing to train on; call set_dataset(loader) first")
+        if self.optimizer is None:
+            raise RuntimeError("the decoder is not compiled; call compile() after generate_decoder() or load_decoder(path)")
+        if self.trainer is None:
+            self.trainer = Trainer(
+                self.decoder,
+                self._decode_step,
+                self.optimizer,
+                self.scheduler,
+                scheduler_interval=self._scheduler_interval,
+                metrics=self.metrics,
+                device=self.device,
+            )
+        trainer = self.trainer
+        trainer.checkpoint, trainer.seed, trainer.amp, trainer.on_step = checkpoint, seed, amp, on_step
+        trainer.config = {**self._identity(), "decoder": self._decoder_config, "alpha": self.criterion.alpha} | {
+            "percentiles": list(self.use_augmentation) if self.use_augmentation else False,
+            "optimizer": type(self.optimizer).__name__,
+            "learning_rate": self.optimizer.defaults["lr"],
+        }
+        training = self._prepared(self.dataset, epochs, cache, cache_budget, verbose, shuffle=True)
+        validation = None
+        if self.valid_dataset is not None:
+            validation = self._prepared(self.valid_dataset, epochs, cache, cache_budget, verbose, shuffle=False)
+        self.trained = True  # even when interrupted: what was learnt so far can be looked at
+        history = trainer.fit(training, epochs, validation, verbose)
+        self.decoder.eval()
+        return {"loss": [], "val_loss": []} | history
+
+    def _decode_step(self, batch, training):
+        features, scores, target = batch
+        percentile: Tensor | float = 0.0  # of the positive entries: the smallest of them, so G > 0
+        if training and self.use_augmentation:
+            low, high = self.use_augmentation
+            percentile = low + (high - low) * torch.rand(len(features), device=features.device)
+        outputs = self.decoder(self._masked(features, scores, percentile))
+        return self.criterion(outputs.float(), target), outputs, target
+
+    def _encode_batch(self, batch) -> tuple[Tensor, Tensor, Tensor]:
+        """A loader's batch -> features, mask scores, and the blurred picture at the decoder's resolution in [-1, 1]."""
+        images, labels = (batch[0], batch[1]) if isinstance(batch, (tuple, list)) else (batch, None)
+        images = self._images(images)
+        features, scores = self.extract(images, labels)
+        return features, scores, self.target_image(images)
+
+    def target_image(self, images: Tensor) -> Tensor:
+        """What the decoder shall rebuild: images (N, 3, H, W) in [0, 255] -> blurred to the grid, at the decoder's size, in [-1, 1]."""
+        blurred = blur_to_grid(self._images(images), self.layout.grid) / 127.5 - 1
+        return F.interpolate(blurred, size=self._decoded_size(), mode="bilinear", align_corners=False)
+
+    def _decoded_size(self) -> tuple[int, int]:
+        if self._decoder_config is None:  # a decoder of the user's own: ask it
+            features, scores = self.extract(torch.zeros(1, 3, *self.image_size, device=self.device))
+            return tuple(self._decode(self._masked(features, scores, 0.0)).shape[-2:])
+        _, doublings = decoders.decoder_levels(self.layout.grid, self.image_size, self._decoder_config["output_stride"])
+        return tuple(cells * 2**doublings for cells in self.layout.grid)
+
+    def _prepared(self, loader, epochs, cache, budget, verbose, shuffle):
+        """The loader with its batches encoded: from memory where that fits, else as they come."""
+        if cache not in (True, False, "auto"):
+            raise ValueError(f"cache {cache!r} is not known; take True, False or 'auto'")
+        if cache == "auto":
+            cache = epochs > 1 and self._fits(loader, budget) and _repeats(loader)
+        if not cache:
+            return _Encoded(loader, self._encode_batch)
+        from tqdm.auto import tqdm
+
+        batches = [self._encode_batch(batch) for batch in tqdm(loader, desc="features", disable=not verbose, leave=False)]
+        if not batches:
+            raise ValueError("the loader is empty; give it at least one batch (with drop_last, at least batch_size pictures)")
+        size = len(batches[0][0])
+        ordered = isinstance(getattr(loader, "sampler", None), torch.utils.data.SequentialSampler)
+        return FeatureCache([torch.cat(parts) for parts in zip(*batches, strict=True)], size, shuffle and not ordered)
+
+    def _fits(self, loader, budget) -> bool:
+        try:
+            count = len(loader.dataset)
+        except (AttributeError, TypeError):
+            return False
+        layout = self.layout
+        entries = layout.channels * (layout.grid[0] * layout.grid[1] + layout.prefix) * (2 if self.use_gradient_mask else 1)
+        return 4 * count * (entries + 3 * math.prod(self._decoded_size())) <= budget
+
+    # --- explaining ---
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, class_idx=None, percentile: float = 95) -> tuple[Tensor, Tensor]:
+        """Explain: image (3, H, W) or (N, 3, H, W) in [0, 255] -> confidence (H, W) float32 in [0, 1] and reconstruction (H, W, 3)
+        uint8 at ``image_size``, on the CPU; both with a leading N when the input has one.
+
+        class_idx: a class, one per image, or None for the predicted one. percentile: share of the positive gradient entries that is masked
+        away, 0..100; high values leave the strongest evidence only.
+        """
+        images = self._images(image)
+        features, scores = self.extract(images, class_idx)
+        confidence, reconstruction = self.decode(features, scores, percentile)
+        if image.ndim == 3:
+            confidence, reconstruction = confidence[0], reconstruction[0]
+        return confidence.cpu(), reconstruction.cpu()
+
+    def explain(self, images: Tensor, target=None, percentile: float = 95, normalize: bool = True) -> Tensor:
+        """The call every explainer answers: images (N, 3, H, W) -> maps (N, H, W) at the images' size, on their device.
+
+        target: None (predicted class), a class, one per image, or callables on an image's outputs. normalize=True stretches each
+        map to [0, 1]; False gives the confidence as it is, at the decoder's resolution.
+        """
+        with torch.no_grad():
+            outputs = self._decode(self._masked(*self.extract(self._images(images), target), _checked_percentile(percentile)))
+            confidence, _ = split_outputs(outputs)
+            if normalize:
+                confidence = F.interpolate(confidence, size=images.shape[-2:], mode="bilinear", align_corners=False)
+                low, high = confidence.amin((2, 3), keepdim=True), confidence.amax((2, 3), keepdim=True)
+                confidence = (confidence - low) / (high - low).clamp_min(1e-12)
+        return confidence[:, 0].to(images.device)
+
+    def extract(self, images: Tensor, target=None) -> tuple[Tensor, Tensor]:
+        """Features and mask scores of images (N, 3, H, W), as the decoder takes them: (N, C, h, w), or tokens (N, T, C).
+
+        With them, ``decode`` at any percentile needs no further run of the model. Without a gradient mask the scores are ones.
+        """
+        images = self._images(images)
+        with FeatureTap(self.model, self.layer_name) as tap:
+            logits = tap(self.preprocess(images))
+            self._layout = tap.layout
+            features = self._arranged(tap.features)
+            if not self.use_gradient_mask:
+                return features, features.new_ones(len(features), *[1] * (features.ndim - 1))
+            known = target if target is None or callable(target) or _callables(target) else class_indices(logits, target)
+            gradient = self._arranged(tap.gradient(known))
+        scores = mask_scores(features, gradient, self.mask_by, channel_dim=-1 if self._is_tokens else 1)
+        patches = scores[:, tap.layout.prefix :] if self._is_tokens else scores
+        if not bool((patches > 0).any()):
+            self._warn(
+                f"no positive gradient at any place of layer {self.layer_name!r}, so nothing is masked and the map says nothing of the class; "
+                "take an earlier layer (for a vision transformer the last block's first LayerNorm)"
+            )
+        return features, scores
+
+    @torch.no_grad()
+    def decode(self, features: Tensor, scores: Tensor, percentile: float = 95) -> tuple[Tensor, Tensor]:
+        """Confidence (N, H, W) float32 in [0, 1] and reconstruction (N, H, W, 3) uint8 at ``image_size``, from what ``extract`` gave."""
+        outputs = self._decode(self._masked(features, scores, _checked_percentile(percentile)))
+        confidence, reconstruction = split_outputs(outputs)
+        both = F.interpolate(torch.cat([confidence, reconstruction], 1), size=self.image_size, mode="bilinear", align_corners=False)
+        pixels = ((both[:, 1:] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return both[:, 0], pixels.permute(0, 2, 3, 1)
+
+    def _decode(self, masked: Tensor) -> Tensor:
+        self._need_decoder("generate_decoder() and fit(), or load_decoder(path)")
+        if not self.trained and self._decoder_config is not None:
+            raise RuntimeError("the decoder is not trained yet; call fit(), or load_decoder(path)")
+        self.decoder.eval()
+        return self.decoder(masked).float()
+
+    def _masked(self, features: Tensor, scores: Tensor, percentile: Tensor | float) -> Tensor:
+        return features * (scores >= percentile_of_positives(scores, percentile))
+
+    # --- decoders on disk ---
+
+    def save_decoder(self, path: str | os.PathLike, *, half: bool = False, notes: dict | None = None) -> None:
+        """Write the decoder: a state dict and what it belongs to. half: 16-bit weights. notes: plain values to keep with it."""
+        self._need_decoder("generate_decoder() and fit()")
+        if not self.trained:
+            raise RuntimeError("the decoder is not trained yet; call fit() before save_decoder(path)")
+        state = {key: value.detach().cpu() for key, value in self.decoder.state_dict().items()}
+        if half:
+            state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+        content = {"format": 1, "kind": "scan decoder", "identity": self._identity(), "weights": _fingerprint(self.model)}
+        save_checkpoint(content | {"config": self._decoder_config, "notes": notes or {}, "state_dict": state}, path)
+
+    def load_decoder(self, path: str | os.PathLike) -> dict:
+        """Read a decoder that ``save_decoder`` wrote, onto this device; returns its notes.
+
+        Raises FileNotFoundError, and ValueError when the file is damaged, holds code, or belongs to another layer or model.
+        """
+        saved = load_checkpoint(path, ("identity", "weights", "config", "state_dict"))
+        ours = self._identity()
+        for name, value in ours.items():
+            if saved["identity"].get(name) != value:
+                raise ValueError(
+                    f"{path} was trained for {name} = {saved['identity'].get(name)}, this scanner has {value}; "
+                    "build the scanner as it was when the decoder was saved, or train a new decoder"
+                )
+        if saved["weights"] != _fingerprint(self.model):
+            self._warn(f"{path} was trained for other weights of the same architecture; its maps may mislead, train a decoder for these")
+        try:
+            if saved["config"] is not None:
+                self._build(saved["config"])
+            elif self.decoder is None:
+                raise ValueError(f"{path} holds a decoder of one's own making; pass that module as decoder_model first")
+            self.decoder.load_state_dict(saved["state_dict"])
+        except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"{path} holds a decoder that does not fit its own description ({type(error).__name__}); train a new one") from error
+        self.decoder.eval()
+        self.trained = True
+        return saved.get("notes", {})
+
+    def _identity(self) -> dict:
+        """What a decoder belongs to, in plain values."""
+        layout = self.layout
+        return {
+            "model": type(self.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "layer": self.layer_name,
+            "channels": layout.channels,
+            "grid": list(layout.grid),
+            "image_size": list(self.image_size),
+            "use_gradient_mask": self.use_gradient_mask,
+            "mask_by": self.mask_by,
+        }
+
+    # --- small things ---
+
+    @property
+    def layout(self) -> Layout:
+        """How the target layer arranges its features; found by one forward pass."""
+        if self._layout is None:
+            with FeatureTap(self.model, self.layer_name) as tap:
+                tap(self.preprocess(torch.full((1, 3, *self.image_size), 127.5, device=self.device)))
+                self._layout = tap.layout
+        return self._layout
+
+    @property
+    def _is_tokens(self) -> bool:
+        return isinstance(self.decoder, decoders.TransformerDecoder)
+
+    def _arranged(self, features: Tensor) -> Tensor:
+        return self.layout.to_tokens(features) if self._is_tokens else self.layout.to_maps(features)
+
+    def _images(self, images: Tensor) -> Tensor:
+        """Checked, float32, batched, on the device, at image_size."""
+        if not isinstance(images, Tensor) or images.ndim not in (3, 4) or images.shape[-3] != 3:
+            shape = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
+            raise ValueError(f"image must be a tensor (3, H, W) or (N, 3, H, W) in [0, 255], not {shape}")
+        images = (images if images.ndim == 4 else images[None]).to(self.device, torch.float32)
+        if images.numel():
+            low, high = images.aminmax()
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                raise ValueError("image holds NaN or infinite values; expected finite pixels in [0, 255]")
+            if 0 < float(high) <= 1 and float(low) >= 0:
+                self._warn(f"image values lie in [{float(low):.2g}, {float(high):.2g}], but [0, 255] is expected; multiply by 255")
+        if tuple(images.shape[-2:]) != self.image_size:
+            images = F.interpolate(images, size=self.image_size, mode="bilinear", align_corners=False, antialias=True)
+        return images
+
+    def _need_decoder(self, how: str) -> None:
+        if self.decoder is None:
+            raise RuntimeError(f"there is no decoder yet; call {how}")
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=3)
+
+
+def _callables(target) -> bool:
+    return isinstance(target, Sequence) and len(target) > 0 and all(map(callable, target))
+
+
+def _checked_percentile(percentile: float) -> float:
+    if not 0 <= percentile <= 100:
+        raise ValueError(f"percentile {percentile} is out of range; give 0..100")
+    return float(percentile)
+
+
+def _fingerprint(model: nn.Module) -> int:
+    """A checksum of a few values of each parameter: tells whether two models hold the same weights."""
+    parts = [parameter.detach().flatten()[:8].float().cpu() for parameter in model.parameters()]
+    values = torch.cat(parts).tolist() if parts else []
+    return zlib.crc32(" ".join(f"{value:.5g}" for value in values).encode())
+
+
+def _repeats(loader) -> bool:
+    """Do the pictures come the same each time? Reads a few twice, since random augmentation must not be frozen in a cache."""
+    dataset = loader.dataset
+    if not hasattr(dataset, "__getitem__"):
+        return False
+    for index in range(min(8, len(dataset))):
+        first, second = ((item[0] if isinstance(item, (tuple, list)) else item) for item in (dataset[index], dataset[index]))
+        if not torch.equal(torch.as_tensor(first), torch.as_tensor(second)):
+            return False
+    return True

@@ -1,0 +1,262 @@
+"""One visible training loop, for classifiers and decoders alike.
+
+It shows progress, validates, and can be killed at any moment: a run that is started again from its checkpoint ends with the same
+weights, bit for bit on the CPU. That holds because everything random is a function of (seed, epoch, step): the generators are seeded
+anew before each batch is drawn, and the caller's own random state is left alone.
+
+    trainer = Trainer(model, step, torch.optim.Adam(model.parameters()), checkpoint="run.pt")
+    history = trainer.fit(loader, epochs=2, validation=other)       # {"loss": [...], "val_loss": [...], ...}
+
+where ``step(batch, training) -> (loss, outputs, target)`` is the one thing a task has to say.
+"""
+
+import copy
+import inspect
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from scanlib.checkpoint import load_checkpoint, save_checkpoint
+
+
+class Accuracy:
+    """Share of images whose largest logit is the label's."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.right = self.seen = 0
+
+    @torch.no_grad()
+    def update(self, target: Tensor, logits: Tensor) -> None:
+        self.right += int((logits.argmax(1) == target).sum())
+        self.seen += len(target)
+
+    def compute(self) -> float:
+        return self.right / self.seen if self.seen else math.nan
+
+
+def classifier_step(model: nn.Module, preprocess: Callable[[Tensor], Tensor], device="cpu"):
+    """The step of a classifier: cross-entropy of (images in [0, 255], labels)."""
+
+    def step(batch, training):
+        images, labels = batch[0].to(device), batch[1].to(device)
+        logits = model(preprocess(images))
+        return nn.functional.cross_entropy(logits, labels), logits, labels
+
+    return step
+
+
+def _key(seed: int, epoch: int, step: int) -> int:
+    """A seed for (seed, epoch, step), well mixed, the same on every platform."""
+    return random.Random(f"{seed} {epoch} {step}").getrandbits(63)
+
+
+class Trainer:
+    """Trains ``model`` with ``step(batch, training) -> (loss, outputs, target)``.
+
+    Args:
+        model, step, optimizer: what is trained, what one batch means, and how the weights move.
+        scheduler: stepped once per ``scheduler_interval``, "epoch" or "step".
+        metrics: objects with reset(), update(target, outputs), compute(); named by their class in the history.
+        checkpoint: file to save to, at each epoch's end and every ``save_every`` seconds, and to resume from.
+        config: plain values that must agree for a checkpoint to be resumed.
+        amp: run the step in bfloat16 autocast.
+        on_step: called with the trainer after each training step (``epoch``, ``step``, ``loss`` tell where it is).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        step: Callable,
+        optimizer: torch.optim.Optimizer,
+        scheduler=None,
+        *,
+        scheduler_interval: str = "epoch",
+        metrics: Sequence = (),
+        device: torch.device | str = "cpu",
+        checkpoint: str | Path | None = None,
+        config: dict | None = None,
+        seed: int = 0,
+        amp: bool = False,
+        save_every: float = 30.0,
+        on_step: Callable[["Trainer"], None] | None = None,
+    ):
+        if scheduler_interval not in ("epoch", "step"):
+            raise ValueError(f"scheduler_interval {scheduler_interval!r} is not known; take 'epoch' or 'step'")
+        self.model, self.one_step, self.optimizer, self.scheduler = model, step, optimizer, scheduler
+        self.scheduler_interval, self.metrics, self.device = scheduler_interval, list(metrics), torch.device(device)
+        self.checkpoint, self.config, self.seed = checkpoint, dict(config or {}), seed
+        self.amp, self.save_every, self.on_step = amp, save_every, on_step
+        self.epoch = self.step = 0  # finished epochs; finished steps of the current one
+        self.loss = math.nan
+        self.history: dict[str, list[float]] = {}
+        self._sums = [0.0, 0]  # loss and images of the current epoch
+
+    # --- the loop ---
+
+    def fit(self, loader: Iterable, epochs: int, validation: Iterable | None = None, verbose: bool = True) -> dict[str, list[float]]:
+        """Train for ``epochs`` more epochs; with a checkpoint on disk, only for what is left of them.
+
+        Returns the history: a list with one value an epoch for "loss" and each metric, and "val_" of both with ``validation``.
+        Raises ValueError for an empty loader or a checkpoint of another run, FloatingPointError for a loss that is not finite.
+        """
+        goal = self.epoch + epochs
+        self._resume()
+        while self.epoch < goal:
+            self._train_epoch(loader, goal, verbose)
+            validated = self._validate(validation) if validation is not None else None
+            self._finish_epoch(validated)
+            self._save()
+            if verbose:
+                latest = "  ".join(f"{name} {values[-1]:.4f}" for name, values in self.history.items())
+                print(f"epoch {self.epoch}/{goal}: {latest}")
+        return self.history
+
+    def _train_epoch(self, loader, goal, verbose):
+        from tqdm.auto import tqdm
+
+        total = len(loader) if hasattr(loader, "__len__") else None
+        bar = tqdm(total=total, desc=f"epoch {self.epoch + 1}/{goal}", disable=not verbose, leave=False)
+        saved, count = time.monotonic(), 0
+        self.model.train()
+        with bar, self._own_randomness():
+            for count, batch in enumerate(self._seeded(loader), 1):
+                if count > self.step:  # else: done before the run was killed
+                    self._train_step(batch)
+                    bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
+                    if self.on_step is not None:
+                        self.on_step(self)
+                        self.model.train()
+                    if time.monotonic() - saved > self.save_every:
+                        self._save()
+                        saved = time.monotonic()
+                bar.update()
+        if not count:
+            raise ValueError("the loader is empty; give it at least one batch (with drop_last, at least batch_size pictures)")
+
+    def _train_step(self, batch):
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            loss, outputs, target = self.one_step(batch, True)
+        self.loss = float(loss.detach())
+        if not math.isfinite(self.loss):
+            raise FloatingPointError(
+                f"the loss became {self.loss} in epoch {self.epoch + 1}, step {self.step + 1}; try a smaller learning rate, or amp=False"
+            )
+        loss.backward()
+        self.optimizer.step()
+        if self.scheduler is not None and self.scheduler_interval == "step":
+            self._step_scheduler()
+        self._tally(self._sums, self.metrics, outputs, target)
+        self.step += 1
+
+    @torch.no_grad()
+    def _validate(self, loader):
+        """Sums and metrics over a loader, in eval mode, with metrics of its own so that the training ones stay."""
+        self.model.eval()
+        sums, metrics = [0.0, 0], copy.deepcopy(self.metrics)
+        for metric in metrics:
+            metric.reset()
+        with self._own_randomness():
+            for batch in self._seeded(loader):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                    loss, outputs, target = self.one_step(batch, False)
+                self._tally(sums, metrics, outputs, target, float(loss))
+        if not sums[1]:
+            raise ValueError("the validation loader is empty; give it at least one batch, or leave it out")
+        return sums, metrics
+
+    def _tally(self, sums, metrics, outputs, target, loss=None):
+        sums[0] += (self.loss if loss is None else loss) * len(target)
+        sums[1] += len(target)
+        for metric in metrics:
+            metric.update(target, outputs.detach())
+
+    def _finish_epoch(self, validated):
+        self._record("", self._sums, self.metrics)
+        if validated is not None:
+            self._record("val_", *validated)
+        if self.scheduler is not None and self.scheduler_interval == "epoch":
+            self._step_scheduler()
+        self.epoch, self.step, self._sums = self.epoch + 1, 0, [0.0, 0]
+        for metric in self.metrics:
+            metric.reset()
+
+    def _record(self, prefix, sums, metrics):
+        self.history.setdefault(f"{prefix}loss", []).append(sums[0] / sums[1])
+        for metric in metrics:
+            self.history.setdefault(f"{prefix}{type(metric).__name__}", []).append(metric.compute())
+
+    def _step_scheduler(self):
+        wants_value = "metrics" in inspect.signature(self.scheduler.step).parameters  # ReduceLROnPlateau
+        losses = self.history.get("val_loss") or self.history.get("loss") or [self.loss]
+        self.scheduler.step(losses[-1]) if wants_value else self.scheduler.step()
+
+    # --- randomness: a function of (seed, epoch, step) ---
+
+    def _own_randomness(self):
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
+    def _seeded(self, loader):
+        """Batches of one epoch, every draw seeded by where it happens."""
+        torch.manual_seed(_key(self.seed, self.epoch, 0))
+        for holder in (loader, getattr(loader, "sampler", None)):
+            if isinstance(getattr(holder, "generator", None), torch.Generator):
+                holder.generator.manual_seed(_key(self.seed, self.epoch, 0))
+            if hasattr(holder, "set_epoch"):
+                holder.set_epoch(self.epoch)
+        batches, step = iter(loader), 0
+        while True:
+            torch.manual_seed(_key(self.seed, self.epoch, step))
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
+            step += 1
+
+    # --- stop and go ---
+
+    def _save(self):
+        if self.checkpoint is None:
+            return
+        content = {
+            "format": 1,
+            "kind": "training run",
+            "config": self.config,
+            "progress": {"epoch": self.epoch, "step": self.step, "sums": self._sums, "history": self.history, "seed": self.seed},
+            "metrics": [vars(metric) for metric in self.metrics],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+        }
+        save_checkpoint(content, self.checkpoint)
+
+    def _resume(self):
+        if self.checkpoint is None or not Path(self.checkpoint).exists():
+            return
+        saved = load_checkpoint(self.checkpoint, ("config", "progress", "metrics", "model", "optimizer", "scheduler"), self.device)
+        ours = {**self.config, "seed": self.seed}
+        theirs = {**saved["config"], "seed": saved["progress"]["seed"]}
+        for name in {**ours, **theirs}:
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{self.checkpoint} is of a run with {name} = {theirs.get(name)}, this one has {ours.get(name)}; delete it or give another path"
+                )
+        if saved["progress"]["epoch"] < self.epoch:
+            return  # older than what this trainer has already done
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(saved["scheduler"])
+        for metric, state in zip(self.metrics, saved["metrics"], strict=True):
+            vars(metric).update(state)
+        progress = saved["progress"]
+        self.epoch, self.step, self._sums, self.history = (progress[name] for name in ("epoch", "step", "sums", "history"))
