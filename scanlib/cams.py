@@ -1,8 +1,8 @@
 """Class activation maps: each method its formula, on one layer's activations A and the gradient of the score there.
 
-    with FeatureTap(model, layer) as tap:
-        tap(inputs)
-        maps = grad_cam(tap.features, tap.gradient(target))      # (B, C, h, w) twice -> (B, h, w)
+with FeatureTap(model, layer) as tap:
+    tap(inputs)
+    maps = grad_cam(tap.features, tap.gradient(target))      # (B, C, h, w) twice -> (B, h, w)
 """
 
 from torch import Tensor

@@ -1,7 +1,7 @@
 """Checkpoints: a dictionary of tensors and plain values, written atomically, read without running anyone's code.
 
-    save_checkpoint({"format": 1, "state_dict": model.state_dict()}, "model.pt")
-    checkpoint = load_checkpoint("model.pt", needs=("state_dict",))
+save_checkpoint({"format": 1, "state_dict": model.state_dict()}, "model.pt")
+checkpoint = load_checkpoint("model.pt", needs=("state_dict",))
 """
 
 import os
@@ -39,7 +39,9 @@ def load_checkpoint(path: str | os.PathLike, needs: Sequence[str] = (), device="
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch, pickle and zipfile each raise their own kinds for a bad file
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is truncated or no plain checkpoint (tensors and plain values only), so it was not loaded: {reason}") from error
+        raise ValueError(
+            f"{path} is truncated or no plain checkpoint (tensors and plain values only), so it was not loaded: {reason}"
+        ) from error
     missing = [key for key in needs if not isinstance(content, dict) or key not in content]
     if missing:
         raise ValueError(f"{path} is a checkpoint of another kind: it lacks {', '.join(missing)}")

@@ -26,8 +26,8 @@ from torch.utils.data import Dataset
 
 def _polygon(corners: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Signed distance to a closed polygon with corners (E, 2)."""
-    start, edge = corners, np.roll(corners, -1, axis=0) - corners
-    end = start + edge
+    start, end = corners, np.roll(corners, -1, axis=0)
+    edge = end - start
 
     def distance(u, v):
         du, dv = u[..., None] - start[:, 0], v[..., None] - start[:, 1]  # (..., E)
@@ -61,14 +61,15 @@ def _crescent(u, v):
 
 
 _ARROW = np.array([(0, -1.15), (1, -0.05), (0.4, -0.05), (0.4, 1.0), (-0.4, 1.0), (-0.4, -0.05), (-1, -0.05)])
-_CROSS = 0.38 * np.array([(1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1), (-1, -3)]) * 0.95
+_QUARTER = np.array([(1, -3), (1, -1), (3, -1)])
+_CROSS = np.concatenate([_QUARTER, _QUARTER[::-1] * (1, -1), -_QUARTER, _QUARTER[::-1] * (-1, 1)])
 
 SHAPES = {
     "disc": lambda u, v: np.hypot(u, v) - 0.95,
     "square": _polygon(0.85 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])),
     "triangle": _polygon(_spokes([1.25] * 3)),
     "star": _polygon(_spokes([1.3, 0.6] * 5)),
-    "cross": _polygon(_CROSS),
+    "cross": _polygon(0.361 * _CROSS),
     "ring": _ring,
     "crescent": _crescent,
     "hexagon": _polygon(_spokes([1.02] * 6)),
@@ -76,8 +77,9 @@ SHAPES = {
     "arrow": _polygon(_ARROW),
 }
 
-# hue of (filling, rim) per class
-_HUES = [(0.00, 0.16), (0.60, 0.08), (0.14, 0.62), (0.33, 0.83), (0.50, 0.00), (0.75, 0.40), (0.08, 0.52), (0.88, 0.25), (0.95, 0.68), (0.42, 0.92)]
+# hues, per class
+_FILLINGS = (0.00, 0.60, 0.14, 0.33, 0.50, 0.75, 0.08, 0.88, 0.95, 0.42)
+_RIMS = (0.16, 0.08, 0.62, 0.83, 0.00, 0.40, 0.52, 0.25, 0.68, 0.92)
 
 
 def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
@@ -96,8 +98,8 @@ class Scene:
 class Signs(Dataset):
     """Procedural scenes with known objects. Item: (image, label), with ``masks=True`` (image, label, mask).
 
-    Image float32 (3, size, size) in [0, 255]; label int, index into ``Signs.classes`` (item i has label i % 10, so every run of ten
-    items is balanced); mask bool (size, size). Item i depends on (seed, i) and the knobs alone: labels, layout and masks are
+    Image float32 (3, size, size) in [0, 255]; label int, index into ``Signs.classes`` (item i has label i % 10, so every
+    run of ten items is balanced); mask bool (size, size). Item i depends on (seed, i) and the knobs alone: labels, layout and masks are
     the same on every platform and in every worker, pixels within one grey level.
 
     Args:
@@ -114,7 +116,10 @@ class Signs(Dataset):
     def __init__(
         self, length=3000, size=64, seed=0, *, masks=False, background="patchwork", colours="class", shortcut=0.0, objects=1
     ):
-        for name, value, options in [("background", background, ("patchwork", "smooth")), ("colours", colours, ("class", "random"))]:
+        for name, value, options in [
+            ("background", background, ("patchwork", "smooth")),
+            ("colours", colours, ("class", "random")),
+        ]:
             if value not in options:
                 raise ValueError(f"{name} {value!r} is not known; take one of {options}")
         if not 0 <= shortcut <= 1:
@@ -170,7 +175,7 @@ class Signs(Dataset):
 
     def _paints(self, which: int, rng) -> tuple[np.ndarray, np.ndarray]:
         jitter, hue = rng.random((2, 3)), rng.random(2)
-        hues = _HUES[which] if self.colours == "class" else (hue[0], hue[0] + 0.25 + 0.5 * hue[1])
+        hues = (_FILLINGS[which], _RIMS[which]) if self.colours == "class" else (hue[0], hue[0] + 0.25 + 0.5 * hue[1])
         return tuple(
             _rgb(h + 0.05 * (j[0] - 0.5), 0.75 + 0.25 * j[1], 0.75 + 0.25 * j[2]) for h, j in zip(hues, jitter, strict=True)
         )
@@ -292,7 +297,9 @@ class PhotoFolder(Dataset):
         self.labels = [label(path) for path in self.files]
         if self.skipped:
             names = ", ".join(path.name for path in self.skipped[:5]) + (", ..." if len(self.skipped) > 5 else "")
-            warnings.warn(f"{len(self.skipped)} of {len(files)} pictures in {root} can not be read and are left out: {names}", stacklevel=2)
+            warnings.warn(
+                f"{len(self.skipped)} of {len(files)} pictures in {root} can not be read and are left out: {names}", stacklevel=2
+            )
         if not self.files:
             raise ValueError(f"no readable picture in {root}; looked for {', '.join(EXTENSIONS)}, in it and in its folders")
 
@@ -303,7 +310,7 @@ class PhotoFolder(Dataset):
         def fault(path):
             try:
                 read_image(path, 8)
-            except Exception as error:  # noqa: BLE001 - a hostile or broken file may raise anything
+            except Exception as error:
                 return f"{type(error).__name__}: {error}"
             return ""
 

@@ -135,7 +135,16 @@ class TransformerDecoder(_Decoder):
     """
 
     def __init__(
-        self, in_channels, grid, image_size, prefix=0, ch_per_lv=None, output_stride=None, upsampling="bilinear", depth=4, heads=None
+        self,
+        in_channels,
+        grid,
+        image_size,
+        prefix=0,
+        ch_per_lv=None,
+        output_stride=None,
+        upsampling="bilinear",
+        depth=4,
+        heads=None,
     ):
         full, doublings = decoder_levels(grid, image_size, output_stride)
         widths = _widths(in_channels, full, ch_per_lv)

@@ -75,7 +75,8 @@ class Layout:
             if layout.grid != (1, 1):
                 return layout
         elif len(shape) == 3:
-            for patch in range(1, max(height, width) + 1):
+            # patches that tile the picture exactly first, the finest first; then those that leave a margin
+            for patch in sorted(range(1, max(height, width) + 1), key=lambda p: (height % p + width % p > 0, p)):
                 h, w = height // patch, width // patch
                 if 1 < h * w <= shape[1] and shape[1] - h * w <= MAX_PREFIX_TOKENS:
                     return cls("BTC", shape[2], (h, w), shape[1] - h * w)
@@ -127,8 +128,6 @@ def class_indices(logits: Tensor, target) -> Tensor:
 
 def target_scores(logits: Tensor, target: Target = None) -> Tensor:
     """The score of each image, (B,): the logit of a class, or what a callable makes of the image's row of outputs."""
-    if logits.ndim == 1:
-        logits = logits[:, None]  # a binary model with one output per image
     many = not callable(target) and isinstance(target, Sequence) and len(target) > 0 and all(map(callable, target))
     if callable(target) or many:
         functions = list(target) if many else [target] * len(logits)
@@ -141,7 +140,8 @@ def target_scores(logits: Tensor, target: Target = None) -> Tensor:
 def _logits(output) -> Tensor:
     """Logits out of a tensor, a tuple, or an object with ``.logits`` (Inception, Hugging Face)."""
     output = getattr(output, "logits", output)
-    return output[0] if isinstance(output, (tuple, list)) else output
+    output = output[0] if isinstance(output, (tuple, list)) else output
+    return output if output.ndim > 1 else output[:, None]  # a binary model with one output per image
 
 
 @contextlib.contextmanager
@@ -231,7 +231,8 @@ class FeatureTap:
         image's output row (K,) to a scalar. Raises ValueError for a class out of range, a wrong count, or a score
         that does not depend on the layer at all (a side branch).
         """
-        features = self.features  # raises when nothing was captured
+        if self._leaf is None:
+            raise RuntimeError("nothing captured yet; call the tap on a batch of inputs first")
         with torch.inference_mode(False), torch.enable_grad():
             score = target_scores(self.logits, target).sum()  # images are independent in eval mode: one backward for all
             if score.requires_grad:

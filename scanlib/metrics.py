@@ -1,7 +1,7 @@
 """Figures for heat maps: does the map lie on the object, and does the score follow the map?
 
-Everything is batched, on the maps' device, and depends on ranks only where it says so. Two baselines belong in every table: a random
-map and the centre prior.
+Everything is batched, on the maps' device, and depends on ranks only where it says so. Two baselines belong in every table:
+a random map and the centre prior.
 
     energy_inside(maps, masks).mean()
     deletion, insertion = removal_curves(score, images, maps)           # (N, steps + 1) each
@@ -27,7 +27,10 @@ def centre_maps(count: int, size: tuple[int, int]) -> Tensor:
 
 
 def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
-    """Share of each map's mass inside its mask, (N,) in [0, 1]; maps (N, H, W) >= 0, masks (N, H, W) bool. An empty map gives 0."""
+    """Share of each map's mass inside its mask, (N,) in [0, 1]; maps (N, H, W) >= 0, masks (N, H, W) bool.
+
+    An empty map gives 0.
+    """
     total = maps.sum((1, 2))
     return (maps * masks).sum((1, 2)) / total.clamp_min(torch.finfo(maps.dtype).tiny)
 

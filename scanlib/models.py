@@ -1,9 +1,9 @@
 """Classifiers to explain: two small teaching models for Signs, and any torchvision classifier.
 
-    target = load_target("signs_cnn")                   # trained; its checkpoint ships
-    target = load_target("resnet50", "DEFAULT")         # torchvision's weights
-    logits = target.model(target.preprocess(images))    # images (N, 3, H, W) in [0, 255]
-    target.layer, target.classes, target.image_size     # "layer4", ["tench", ...], (224, 224)
+target = load_target("signs_cnn")                   # trained; its checkpoint ships
+target = load_target("resnet50", "DEFAULT")         # torchvision's weights
+logits = target.model(target.preprocess(images))    # images (N, 3, H, W) in [0, 255]
+target.layer, target.classes, target.image_size     # "layer4", ["tench", ...], (224, 224)
 """
 
 import difflib
@@ -72,15 +72,17 @@ class SmallResNet(nn.Module):
 
 def small_vit(classes: int = 10) -> nn.Module:
     """torchvision's VisionTransformer for 64 px: patches of 8, six blocks, 128 wide, four heads, about 1.2 M parameters."""
-    return torchvision.models.VisionTransformer(64, 8, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=512, num_classes=classes)
+    return torchvision.models.VisionTransformer(
+        64, 8, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=512, num_classes=classes
+    )
 
 
 @dataclass(frozen=True)
 class Target:
     """A classifier ready to be explained.
 
-    model: in eval mode. preprocess: images (N, 3, H, W) in [0, 255] -> model input, no resizing or cropping. layer: default target
-    layer. classes: their names. image_size: (H, W) the model was trained at.
+    model: in eval mode. preprocess: images (N, 3, H, W) in [0, 255] -> model input, no resizing or cropping. layer: default
+    target layer. classes: their names. image_size: (H, W) the model was trained at.
     """
 
     model: nn.Module
@@ -106,7 +108,9 @@ def load_target(name: str, weights: str | os.PathLike | None = "DEFAULT") -> Tar
         model, size, classes, preprocess = build(), 64, list(Signs.classes), Normalize()
         path = CHECKPOINTS / f"{name}.pt" if weights == "DEFAULT" else weights
         if path is not None and not Path(path).is_file():
-            raise FileNotFoundError(f"no weights at {path}; make them with `python data/make_checkpoints.py {name}`, or pass weights=None")
+            raise FileNotFoundError(
+                f"no weights at {path}; make them with `python data/make_checkpoints.py {name}`, or pass weights=None"
+            )
     else:
         model, path, size, classes, preprocess = _torchvision_target(name, weights)
         layer = default_layer(model, size)
@@ -126,7 +130,9 @@ def _torchvision_target(name: str, weights):
     transform = known.transforms()
     path = _downloaded(name, known.url) if weights == "DEFAULT" else weights
     if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(f"no weights at {path}; put a state dict of {name} there (torchvision's is {Path(known.url).name})")
+        raise FileNotFoundError(
+            f"no weights at {path}; put a state dict of {name} there (torchvision's is {Path(known.url).name})"
+        )
     return model, path, transform.crop_size[0], list(known.meta["categories"]), Normalize(transform.mean, transform.std)
 
 
@@ -139,7 +145,9 @@ def _downloaded(name: str, url: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1])
         except Exception as error:  # offline, proxy, disk: urllib and torch.hub raise many kinds
             reason = f"could not be downloaded ({type(error).__name__})"
-            raise FileNotFoundError(f"the weights of {name} {reason}; put {path.name} into {path.parent}, or pass weights=PATH") from error
+            raise FileNotFoundError(
+                f"the weights of {name} {reason}; put {path.name} into {path.parent}, or pass weights=PATH"
+            ) from error
     return path
 
 
@@ -156,8 +164,8 @@ def _load_weights(model: nn.Module, path, name: str) -> None:
 def default_layer(model: nn.Module, size: int = 224) -> str:
     """The last layer with a spatial extent in front of the head, found by one forward pass of zeros at ``size`` pixels.
 
-    For a vision transformer with a class token: the last block's first LayerNorm, since the block's own output sends no gradient to
-    the patch tokens. Raises ValueError when no layer has a spatial extent.
+    For a vision transformer with a class token: the last block's first LayerNorm, since the block's own output sends no
+    gradient to the patch tokens. Raises ValueError when no layer has a spatial extent.
     """
     if isinstance(model, torchvision.models.VisionTransformer):
         return f"encoder.layers.{list(dict(model.encoder.layers.named_children()))[-1]}.ln_1"
@@ -171,7 +179,9 @@ def default_layer(model: nn.Module, size: int = 224) -> str:
 
         return hook
 
+    pools = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Identity)
     modules = [(name, module) for name, module in model.named_modules() if name and name.split(".")[0] not in heads]
+    modules = [(name, module) for name, module in modules if not isinstance(module, pools)]
     was_training = model.training
     try:
         handles = [module.register_forward_hook(note(name)) for name, module in modules]

@@ -6,8 +6,8 @@ Lee, Jeong, Jhang, "SCAN: Visual Explanations with Self-Confidence and Analysis 
     scanner.set_dataset(loader).generate_decoder().compile().fit(epochs=2)
     confidence, reconstruction = scanner(image, percentile=95)      # (H, W) float in [0, 1], (H, W, 3) uint8
 
-For features F at the layer and the class's gradient there, G = relu(dy_c / dF), the decoder sees F * [G >= Q] with Q the P-th percentile
-of G's positive entries (Eq. 1). Its target is the picture blurred to the layer's grid.
+For features F at the layer and the class's gradient there, G = relu(dy_c / dF), the decoder sees F * [G >= Q] with Q the
+P-th percentile of G's positive entries (Eq. 1). Its target is the picture blurred to the layer's grid.
 """
 
 import math
@@ -47,8 +47,11 @@ def percentile_of_positives(scores: Tensor, percentile: Tensor | float) -> Tenso
 
 
 def mask_scores(features: Tensor, gradient: Tensor, mask_by: str, channel_dim: int = 1) -> Tensor:
-    """What the percentile ranks: "gradient" relu(G) as published, "attribution" relu(G F), or "position", which is attribution times the
-    positive part of its sum over the channels, so that an entry counts where the place as a whole speaks for the class."""
+    """What the percentile ranks, shaped like the features.
+
+    "gradient": relu(G), as published. "attribution": relu(G F). "position": that times the positive part of its sum over the
+    channels, so that an entry counts where the place as a whole speaks for the class.
+    """
     if mask_by == "gradient":
         return gradient.relu()
     attribution = gradient * features
@@ -58,7 +61,10 @@ def mask_scores(features: Tensor, gradient: Tensor, mask_by: str, channel_dim: i
 
 
 def blur_to_grid(images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The picture a layer with this grid can know: Gaussian blur, sigma = picture / grid per axis, reflected edges. Same shape."""
+    """The picture a layer with this grid can know: Gaussian blur, sigma = picture / grid per axis, reflected edges.
+
+    images (N, 3, H, W), any scale; same shape returned.
+    """
     for axis, cells in ((2, grid[0]), (3, grid[1])):
         sigma = images.shape[axis] / cells
         radius = int(2 * sigma) // 2
@@ -156,8 +162,8 @@ class SCAN:
         return self
 
     def set_dataset(self, dataloader: Iterable, use_augmentation: tuple[float, float] | bool = (70, 100)) -> "SCAN":
-        """Training pictures: batches of (images, labels), or of images alone; a label below 0 means "not known". SCAN masks by the
-        label's gradient, by the predicted class's where there is none.
+        """Training pictures: batches of (images, labels), or of images alone; a label below 0 means "not known". SCAN masks
+        by the label's gradient, by the predicted class's where there is none.
 
         use_augmentation: the range the percentile is drawn from, per picture and visit; False masks by G > 0, True is (70, 100).
         """
@@ -190,7 +196,9 @@ class SCAN:
         """
         layout = self.layout
         config = {
-            "decoder": "TransformerDecoder" if (layout.kind == "BTC" if is_Transformer is None else is_Transformer) else "ConvolutionalDecoder",
+            "decoder": "TransformerDecoder"
+            if (layout.kind == "BTC" if is_Transformer is None else is_Transformer)
+            else "ConvolutionalDecoder",
             "in_channels": layout.channels,
             "grid": list(layout.grid),
             "image_size": list(self.image_size),
@@ -206,7 +214,9 @@ class SCAN:
 
     def _build(self, config: dict) -> None:
         arguments = {name: value for name, value in config.items() if name != "decoder"}
-        kind = {"ConvolutionalDecoder": decoders.ConvolutionalDecoder, "TransformerDecoder": decoders.TransformerDecoder}[config["decoder"]]
+        kind = {"ConvolutionalDecoder": decoders.ConvolutionalDecoder, "TransformerDecoder": decoders.TransformerDecoder}[
+            config["decoder"]
+        ]
         self.decoder = kind(**arguments).to(self.device, memory_format=torch.channels_last)
         self._decoder_config = config
         self.optimizer = self.trainer = None
@@ -222,9 +232,12 @@ class SCAN:
         *,
         scheduler_interval: str = "epoch",
     ) -> "SCAN":
-        """Choose loss and optimizer. loss_alpha: the map should cover 1 / (1 + alpha) of the picture. metrics: classes with reset(),
-        update(target, outputs), compute(); None takes ConfidentMAE and NonConfidentMAE. The scheduler steps once an epoch, or
-        once a step with scheduler_interval="step"."""
+        """Choose loss and optimizer.
+
+        loss_alpha: the map should cover 1 / (1 + alpha) of the picture.
+        metrics: classes with reset(), update(target, outputs), compute(); None takes ConfidentMAE and NonConfidentMAE.
+        scheduler_interval: the scheduler steps once an "epoch" or once a "step".
+        """
         self._need_decoder("generate_decoder() or load_decoder(path)")
         self.criterion = SelfConfidenceLoss(loss_alpha)
         self.optimizer = optimizer_class(self.decoder.parameters(), lr=learning_rate)
@@ -251,7 +264,8 @@ class SCAN:
         """Train the decoder. Returns {"loss", "val_loss", each metric's name and "val_" + it: one value an epoch}.
 
         checkpoint: a file to save to and resume from; a run killed at any moment and started again ends with the same weights.
-        cache: keep the features, so that the frozen model runs once: True, False, or "auto", which does when several epochs are to come,
+        cache: keep the features, so that the frozen model runs once: True, False, or "auto", which does when several epochs
+        are to come,
             cache_budget bytes suffice and the pictures come the same each time.
         amp: bfloat16 autocast. on_step: called with the trainer after each step.
         """
@@ -302,7 +316,7 @@ class SCAN:
         return features, scores, self.target_image(images)
 
     def target_image(self, images: Tensor) -> Tensor:
-        """What the decoder shall rebuild: images (N, 3, H, W) in [0, 255] -> blurred to the grid, at the decoder's size, in [-1, 1]."""
+        """What the decoder shall rebuild: images (N, 3, H, W) in [0, 255] -> blurred to the grid, at its size, in [-1, 1]."""
         blurred = blur_to_grid(self._images(images), self.layout.grid) / 127.5 - 1
         return F.interpolate(blurred, size=self._decoded_size(), mode="bilinear", align_corners=False)
 
@@ -343,11 +357,11 @@ class SCAN:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, class_idx=None, percentile: float = 95) -> tuple[Tensor, Tensor]:
-        """Explain: image (3, H, W) or (N, 3, H, W) in [0, 255] -> confidence (H, W) float32 in [0, 1] and reconstruction (H, W, 3)
-        uint8 at ``image_size``, on the CPU; both with a leading N when the input has one.
+        """Explain: image (3, H, W) or (N, 3, H, W) in [0, 255] -> confidence (H, W) float32 in [0, 1] and reconstruction (H,
+        W, 3) uint8 at ``image_size``, on the CPU; both with a leading N when the input has one.
 
-        class_idx: a class, one per image, or None for the predicted one. percentile: share of the positive gradient entries that is masked
-        away, 0..100; high values leave the strongest evidence only.
+        class_idx: a class, one per image, or None for the predicted one. percentile: share of the positive gradient entries
+        that is masked away, 0..100; high values leave the strongest evidence only.
         """
         images = self._images(image)
         features, scores = self.extract(images, class_idx)
@@ -389,17 +403,19 @@ class SCAN:
         patches = scores[:, tap.layout.prefix :] if self._is_tokens else scores
         if not bool((patches > 0).any()):
             self._warn(
-                f"no positive gradient at any place of layer {self.layer_name!r}, so nothing is masked and the map says nothing of the class; "
-                "take an earlier layer (for a vision transformer the last block's first LayerNorm)"
+                f"no positive gradient at any place of layer {self.layer_name!r}: nothing is masked and the map says nothing of "
+                "the class; take an earlier layer (for a vision transformer the last block's first LayerNorm)"
             )
         return features, scores
 
     @torch.no_grad()
     def decode(self, features: Tensor, scores: Tensor, percentile: float = 95) -> tuple[Tensor, Tensor]:
-        """Confidence (N, H, W) float32 in [0, 1] and reconstruction (N, H, W, 3) uint8 at ``image_size``, from what ``extract`` gave."""
+        """Of ``extract``: confidence (N, H, W) float32 in [0, 1], reconstruction (N, H, W, 3) uint8, at ``image_size``."""
         outputs = self._decode(self._masked(features, scores, _checked_percentile(percentile)))
         confidence, reconstruction = split_outputs(outputs)
-        both = F.interpolate(torch.cat([confidence, reconstruction], 1), size=self.image_size, mode="bilinear", align_corners=False)
+        both = F.interpolate(
+            torch.cat([confidence, reconstruction], 1), size=self.image_size, mode="bilinear", align_corners=False
+        )
         pixels = ((both[:, 1:] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return both[:, 0], pixels.permute(0, 2, 3, 1)
 
@@ -440,7 +456,9 @@ class SCAN:
                     "build the scanner as it was when the decoder was saved, or train a new decoder"
                 )
         if saved["weights"] != _fingerprint(self.model):
-            self._warn(f"{path} was trained for other weights of the same architecture; its maps may mislead, train a decoder for these")
+            self._warn(
+                f"{path} was trained for other weights of the same architecture; its maps may mislead, train a decoder for these"
+            )
         try:
             if saved["config"] is not None:
                 self._build(saved["config"])
@@ -448,7 +466,9 @@ class SCAN:
                 raise ValueError(f"{path} holds a decoder of one's own making; pass that module as decoder_model first")
             self.decoder.load_state_dict(saved["state_dict"])
         except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-            raise ValueError(f"{path} holds a decoder that does not fit its own description ({type(error).__name__}); train a new one") from error
+            raise ValueError(
+                f"{path} holds a decoder that does not fit its own description ({type(error).__name__}); train a new one"
+            ) from error
         self.decoder.eval()
         self.trained = True
         return saved.get("notes", {})
@@ -496,7 +516,9 @@ class SCAN:
             if not bool(torch.isfinite(low) & torch.isfinite(high)):
                 raise ValueError("image holds NaN or infinite values; expected finite pixels in [0, 255]")
             if 0 < float(high) <= 1 and float(low) >= 0:
-                self._warn(f"image values lie in [{float(low):.2g}, {float(high):.2g}], but [0, 255] is expected; multiply by 255")
+                self._warn(
+                    f"image values lie in [{float(low):.2g}, {float(high):.2g}], but [0, 255] is expected; multiply by 255"
+                )
         if tuple(images.shape[-2:]) != self.image_size:
             images = F.interpolate(images, size=self.image_size, mode="bilinear", align_corners=False, antialias=True)
         return images

@@ -1,8 +1,8 @@
 """One visible training loop, for classifiers and decoders alike.
 
 It shows progress, validates, and can be killed at any moment: a run that is started again from its checkpoint ends with the same
-weights, bit for bit on the CPU. That holds because everything random is a function of (seed, epoch, step): the generators are seeded
-anew before each batch is drawn, and the caller's own random state is left alone.
+weights, bit for bit on the CPU. That holds because everything random is a function of (seed, epoch, step): the generators
+are seeded anew before each batch is drawn, and the caller's own random state is left alone.
 
     trainer = Trainer(model, step, torch.optim.Adam(model.parameters()), checkpoint="run.pt")
     history = trainer.fit(loader, epochs=2, validation=other)       # {"loss": [...], "val_loss": [...], ...}
@@ -101,7 +101,9 @@ class Trainer:
 
     # --- the loop ---
 
-    def fit(self, loader: Iterable, epochs: int, validation: Iterable | None = None, verbose: bool = True) -> dict[str, list[float]]:
+    def fit(
+        self, loader: Iterable, epochs: int, validation: Iterable | None = None, verbose: bool = True
+    ) -> dict[str, list[float]]:
         """Train for ``epochs`` more epochs; with a checkpoint on disk, only for what is left of them.
 
         Returns the history: a list with one value an epoch for "loss" and each metric, and "val_" of both with ``validation``.
@@ -148,7 +150,8 @@ class Trainer:
         self.loss = float(loss.detach())
         if not math.isfinite(self.loss):
             raise FloatingPointError(
-                f"the loss became {self.loss} in epoch {self.epoch + 1}, step {self.step + 1}; try a smaller learning rate, or amp=False"
+                f"the loss became {self.loss} in epoch {self.epoch + 1}, step {self.step + 1}; "
+                "try a smaller learning rate, or amp=False"
             )
         loss.backward()
         self.optimizer.step()
@@ -242,13 +245,16 @@ class Trainer:
     def _resume(self):
         if self.checkpoint is None or not Path(self.checkpoint).exists():
             return
-        saved = load_checkpoint(self.checkpoint, ("config", "progress", "metrics", "model", "optimizer", "scheduler"), self.device)
+        saved = load_checkpoint(
+            self.checkpoint, ("config", "progress", "metrics", "model", "optimizer", "scheduler"), self.device
+        )
         ours = {**self.config, "seed": self.seed}
         theirs = {**saved["config"], "seed": saved["progress"]["seed"]}
         for name in {**ours, **theirs}:
             if ours.get(name) != theirs.get(name):
                 raise ValueError(
-                    f"{self.checkpoint} is of a run with {name} = {theirs.get(name)}, this one has {ours.get(name)}; delete it or give another path"
+                    f"{self.checkpoint} is of a run with {name} = {theirs.get(name)}, this one has {ours.get(name)}; "
+                    "delete it or give another path"
                 )
         if saved["progress"]["epoch"] < self.epoch:
             return  # older than what this trainer has already done

@@ -1,0 +1,45 @@
+# make demo | test | lab | bench: each sets up .venv by itself
+PYTHON ?= python3
+ifeq ($(OS),Windows_NT)
+BIN := .venv/Scripts
+else
+BIN := .venv/bin
+endif
+export SCANLIB_FAST ?=
+
+.PHONY: demo test lab bench checkpoints links clean
+
+demo: .venv/installed                ## execute the quickstart and leave its page and picture in out/
+	$(BIN)/python -m nbconvert --to html --execute notebooks/00_quickstart.ipynb --output-dir out --output quickstart --log-level WARN
+	$(BIN)/python -c "print(open('out/quickstart.txt').read())"
+
+test: export SCANLIB_FAST = 1
+test: .venv/installed-test           ## ruff, the tests, and every notebook
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks
+
+lab: .venv/installed                 ## JupyterLab on the notebooks
+	$(BIN)/python -m jupyterlab notebooks
+
+bench: .venv/installed               ## speed and quality beside the straightforward way; writes benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/core.py
+
+checkpoints: .venv/installed         ## train what ships in data/checkpoints
+	$(BIN)/python data/make_checkpoints.py
+
+links: .venv/installed               ## rewrite every badge and link after the address in pyproject.toml changed
+	$(BIN)/python tests/links.py
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable .
+	@$(BIN)/python -c "open('$@', 'w')"
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	@$(BIN)/python -c "open('$@', 'w')"
+
+clean:
+	$(PYTHON) -c "import shutil; [shutil.rmtree(d, True) for d in ('.venv', 'out', 'build', '.pytest_cache', '.ruff_cache')]"

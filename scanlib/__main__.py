@@ -1,0 +1,3 @@
+from scanlib.cli import main
+
+main()

@@ -1,0 +1,156 @@
+"""The command line: train a decoder, explain pictures.
+
+python -m scanlib train --model squeezenet1_1 --layer features.12 --data photos --out decoder.pt
+python -m scanlib explain cat.jpg dog.jpg --decoder decoder.pt --percentile 95 --out map.png
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, random_split
+
+from scanlib.checkpoint import load_checkpoint
+from scanlib.data import PhotoFolder, Signs, read_image
+from scanlib.models import Target, load_target
+from scanlib.scan import MASKS, SCAN
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; a bad argument or file ends it with one line."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        sys.exit(f"scanlib {options.name}: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m scanlib", description="SCAN: see what a vision model saw.")
+    commands = parser.add_subparsers(dest="name", required=True)
+
+    train = commands.add_parser(
+        "train", help="train a decoder for one layer of a classifier", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    train.set_defaults(command=train_command)
+    train.add_argument("--model", required=True, help="signs_cnn, or any torchvision classifier")
+    train.add_argument("--weights", default="DEFAULT", help="a state dict's path, DEFAULT, or none for random weights")
+    train.add_argument("--layer", help="target layer by name; left out, the model's default layer")
+    train.add_argument("--data", required=True, help="a folder of pictures (flat, or one folder a class), or signs")
+    train.add_argument("--out", required=True, type=Path, help="where the decoder goes; a killed run goes on from OUT.run")
+    train.add_argument("--epochs", type=int, default=4)
+    train.add_argument("--batch-size", type=int, default=16)
+    train.add_argument("--learning-rate", type=float, default=3e-3, help="peak of the one-cycle schedule")
+    train.add_argument("--alpha", type=float, default=4.0, help="the map should cover 1 / (1 + alpha) of the picture")
+    train.add_argument("--mask-by", choices=MASKS, default="gradient", help="what the percentile ranks")
+    train.add_argument(
+        "--percentiles", type=float, nargs=2, default=(70, 100), metavar=("LOW", "HIGH"), help="drawn from while training"
+    )
+    train.add_argument(
+        "--widths", type=int, nargs="+", help="decoder widths at strides 4, 8, 16, 32; left out, they fit the layer"
+    )
+    train.add_argument("--output-stride", type=int, help="picture pixels per decoded pixel; left out, 4x the feature grid")
+    train.add_argument("--upsampling", choices=("bilinear", "transposed"), default="bilinear")
+    train.add_argument("--image-size", type=int, help="pixels a side; left out, the model's own")
+    train.add_argument("--scenes", type=int, default=3000, help="number of scenes with --data signs")
+    train.add_argument("--validation", type=float, default=0.1, help="share of the pictures kept for validation")
+    train.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--device", help="cpu, cuda, mps; left out, cuda if there is one")
+    train.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+
+    explain = commands.add_parser(
+        "explain", help="draw map, overlay and reconstruction", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    explain.set_defaults(command=explain_command)
+    explain.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
+    explain.add_argument("--decoder", required=True, type=Path, help="what train wrote")
+    explain.add_argument("--weights", help="the classifier's weights, if they moved since training")
+    explain.add_argument("--class", dest="target", help="class to explain, by number or name; left out, the predicted one")
+    explain.add_argument("--percentile", type=float, default=95.0)
+    explain.add_argument("--out", type=Path, default=Path("map.png"))
+    explain.add_argument("--device", help="cpu, cuda, mps; left out, cuda if there is one")
+    return parser
+
+
+def _scanner(target: Target, layer: str, image_size, mask_by: str, device) -> SCAN:
+    return SCAN(target.model, layer, image_size, device=device, mask_by=mask_by).set_preprocess(target.preprocess)
+
+
+def train_command(options) -> None:
+    """Train, save the decoder, and say so."""
+    weights = None if options.weights.lower() == "none" else options.weights
+    target = load_target(options.model, weights)
+    size = (options.image_size, options.image_size) if options.image_size else target.image_size
+    data = Signs(options.scenes, size[0]) if options.data == "signs" else PhotoFolder(options.data, size[0], target.classes)
+    kept = round(options.validation * len(data))
+    train, validation = random_split(data, [len(data) - kept, kept], torch.Generator().manual_seed(options.seed))
+
+    torch.manual_seed(options.seed)
+    layer = options.layer or target.layer
+    scanner = _scanner(target, layer, size, options.mask_by, options.device)
+    loader = DataLoader(train, options.batch_size, shuffle=True, num_workers=options.workers)
+    scanner.set_dataset(loader, tuple(options.percentiles))
+    if kept:
+        scanner.set_validation_dataset(DataLoader(validation, options.batch_size, num_workers=options.workers))
+    scanner.generate_decoder(ch_per_lv=options.widths, output_stride=options.output_stride, upsampling=options.upsampling)
+    schedule = {"max_lr": options.learning_rate, "total_steps": max(1, options.epochs * len(loader))}
+    scanner.compile(
+        options.alpha, scheduler_class=torch.optim.lr_scheduler.OneCycleLR, scheduler_kwargs=schedule, scheduler_interval="step"
+    )
+    run = options.out.with_name(options.out.name + ".run")
+    scanner.fit(options.epochs, checkpoint=run, seed=options.seed, amp=options.amp)
+    where = str(Path(weights).resolve()) if weights not in (None, "DEFAULT") else weights
+    scanner.save_decoder(options.out, notes={"model": options.model, "weights": where, "layer": layer})
+    run.unlink(missing_ok=True)
+    print(f"{options.out}: decoder of {options.model}, layer {layer}, from {len(train)} pictures")
+
+
+def explain_command(options) -> None:
+    """One row a picture: the picture, map, overlay, reconstruction."""
+    from scanlib.plots import overlay, panels
+
+    saved = load_checkpoint(options.decoder, ("identity", "notes"))
+    notes, identity = saved["notes"], saved["identity"]
+    if "model" not in notes:
+        raise ValueError(
+            f"{options.decoder} does not say which classifier it belongs to; explain in Python, with SCAN(...).load_decoder(path)"
+        )
+    target = load_target(notes["model"], options.weights or notes.get("weights", "DEFAULT"))
+    scanner = _scanner(target, identity["layer"], tuple(identity["image_size"]), identity["mask_by"], options.device)
+    scanner.load_decoder(options.decoder)
+
+    images = torch.stack([read_image(path, scanner.image_size[0]) for path in options.images])
+    target_class = _class_number(options.target, target.classes)
+    confidence, reconstruction = scanner(images, target_class, options.percentile)
+    with torch.no_grad():
+        probabilities = target.model(target.preprocess(images.to(scanner.device))).softmax(1).cpu()
+    shown = probabilities.argmax(1) if target_class is None else torch.full((len(images),), target_class)
+    rows = [
+        [image, heat, overlay(image, heat), rebuilt]
+        for image, heat, rebuilt in zip(images, confidence, reconstruction, strict=True)
+    ]
+    names = [f"{target.classes[c]} {probabilities[i, c]:.2f}" for i, c in enumerate(shown.tolist())]
+    figure = panels(rows, ["picture", f"confidence, P = {options.percentile:g}", "overlay", "reconstruction"], names, size=2.2)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out, dpi=120)
+    for path, name in zip(options.images, names, strict=True):
+        print(f"{path}: {name}")
+    print(f"{options.out}: {len(rows)} explained")
+
+
+def _class_number(given: str | None, classes: list[str]) -> int | None:
+    if given is None:
+        return None
+    if given.lstrip("-").isdigit():
+        number = int(given)
+        if not 0 <= number < len(classes):
+            raise ValueError(f"class {number} is out of range: the model has classes 0..{len(classes) - 1}")
+        return number
+    if given not in classes:
+        import difflib
+
+        close = ", ".join(difflib.get_close_matches(given, classes, n=5)) or f"{classes[0]}, {classes[1]}, ..."
+        raise ValueError(f"class {given!r} is not known; close matches: {close}")
+    return classes.index(given)

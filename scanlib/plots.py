@@ -1,0 +1,87 @@
+"""Pictures of explanations: overlays, rows of panels, curves. matplotlib loads when a function is called.
+
+figure = panels([[image, overlay(image, heat)]], titles=["picture", "SCAN"])
+figure.savefig("out.png")
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def to_pixels(image: Tensor | np.ndarray) -> np.ndarray:
+    """(3, H, W) or (H, W, 3) in [0, 255] -> (H, W, 3) uint8."""
+    pixels = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    if pixels.shape[0] == 3 and pixels.shape[-1] != 3:
+        pixels = pixels.transpose(1, 2, 0)
+    return pixels.round().clip(0, 255).astype(np.uint8)
+
+
+def coloured(heat: Tensor | np.ndarray, colormap: str = "magma") -> np.ndarray:
+    """Heat map (H, W) in [0, 1] -> (H, W, 3) uint8 in any matplotlib colour map."""
+    import matplotlib
+
+    values = heat.detach().cpu().numpy() if isinstance(heat, Tensor) else np.asarray(heat)
+    return (matplotlib.colormaps[colormap](values.clip(0, 1))[..., :3] * 255).round().astype(np.uint8)
+
+
+def overlay(image: Tensor | np.ndarray, heat: Tensor | np.ndarray, opacity: float = 0.5, colormap: str = "magma") -> np.ndarray:
+    """The heat map (h, w) in [0, 1], resized, over the picture in [0, 255]: (H, W, 3) uint8. opacity 0 is the picture alone."""
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity {opacity} is out of range; give 0..1")
+    pixels = to_pixels(image).astype(np.float32)
+    heat = torch.as_tensor(heat, dtype=torch.float32).detach().cpu()
+    if heat.shape != pixels.shape[:2]:
+        heat = heat[None, None]
+        heat = torch.nn.functional.interpolate(heat, size=pixels.shape[:2], mode="bilinear", align_corners=False)[0, 0]
+    return to_pixels((1 - opacity) * pixels + opacity * coloured(heat, colormap))
+
+
+def panels(
+    rows: Sequence[Sequence],
+    titles: Sequence[str] = (),
+    row_titles: Sequence[str] = (),
+    size: float = 1.6,
+    colormap: str = "magma",
+):
+    """A grid of panels, one row per inner sequence: pictures as they are, (H, W) maps on one shared range, [0, 1]. Returns
+    the figure.
+
+    titles stand above the columns, row_titles left of the rows; size is a panel's side in inches.
+    """
+    import matplotlib.pyplot as plt
+
+    columns = max(map(len, rows))
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(size * columns, size * len(rows) + 0.3), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for r, row in enumerate(rows):
+        for c, panel in enumerate(row):
+            is_map = np.ndim(panel) == 2
+            values = panel.detach().cpu().numpy() if isinstance(panel, Tensor) and is_map else panel
+            axes[r, c].imshow(values if is_map else to_pixels(panel), cmap=colormap, vmin=0, vmax=1)
+            if r == 0 and c < len(titles):
+                axes[r, c].set_title(titles[c], fontsize=9)
+        if r < len(row_titles):
+            axes[r, 0].text(
+                -0.08, 0.5, row_titles[r], rotation=90, va="center", ha="right", fontsize=9, transform=axes[r, 0].transAxes
+            )
+    return figure
+
+
+def curves(
+    series: dict[str, Sequence[float]], x: Sequence[float] | None = None, title: str = "", xlabel: str = "", ylabel: str = ""
+):
+    """Named curves in one axis, colour-blind safe. Returns the figure."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(4.2, 2.8), layout="constrained")
+    for (name, values), colour in zip(series.items(), plt.colormaps["cividis"](np.linspace(0, 0.9, len(series))), strict=True):
+        axis.plot(range(len(values)) if x is None else x, values, label=name, color=colour)
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axis.legend(fontsize=8)
+    return figure

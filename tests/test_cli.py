@@ -1,0 +1,100 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from scanlib import Signs
+from scanlib.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(8):
+        pixels = Signs(8)[i][0].permute(1, 2, 0).numpy().astype("uint8")
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").write_text("no picture")
+    return tmp_path
+
+
+def test_train_and_explain(folder, tmp_path, capsys):
+    out = tmp_path / "made" / "decoder.pt"
+    with pytest.warns(UserWarning, match="1 of 9 pictures"):
+        main(
+            f"train --model signs_cnn --data {folder} --out {out} --epochs 2 --batch-size 4".split()
+            + ["--mask-by", "position", "--percentiles", "90", "95"]
+        )
+    assert "decoder of signs_cnn, layer layer4, from 7 pictures" in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["decoder.pt"]  # the run's own checkpoint is gone
+    picture = tmp_path / "map.png"
+    main(
+        [
+            "explain",
+            str(folder / "0.png"),
+            str(folder / "1.png"),
+            "--decoder",
+            str(out),
+            "--percentile",
+            "90",
+            "--out",
+            str(picture),
+        ]
+    )
+    assert "2 explained" in capsys.readouterr().out
+    assert Image.open(picture).size[0] > 600
+    main(["explain", str(folder / "0.png"), "--decoder", str(out), "--class", "star", "--out", str(picture)])
+    assert "star" in capsys.readouterr().out
+
+
+def test_signs_as_data(tmp_path):
+    main(f"train --model signs_cnn --layer layer3 --data signs --scenes 20 --out {tmp_path / 'd.pt'} --epochs 1".split())
+    assert torch.load(tmp_path / "d.pt", weights_only=True)["identity"]["layer"] == "layer3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "train --model resnet_50 --data signs --out d.pt",
+            "scanlib train: model 'resnet_50' is not known; close matches: resnet50",
+        ),
+        ("train --model signs_cnn --data nowhere --out d.pt", "no folder at nowhere"),
+        (
+            "train --model signs_cnn --layer layr4 --data signs --scenes 10 --out d.pt",
+            "target_layer 'layr4' not found; close matches: layer4",
+        ),
+        ("explain a.png --decoder none.pt", "scanlib explain: no checkpoint at none.pt"),
+    ],
+)
+def test_bad_arguments_end_with_one_line(arguments, message):
+    with pytest.raises(SystemExit) as raised:
+        main(arguments.split())
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_bad_class_and_picture(folder, tmp_path):
+    out = tmp_path / "d.pt"
+    main(f"train --model signs_cnn --data signs --scenes 10 --out {out} --epochs 1".split())
+    for arguments, message in [
+        (["--class", "sta"], "class 'sta' is not known; close matches: star"),
+        (["--class", "10"], r"class 10 is out of range: the model has classes 0..9"),
+        (["--percentile", "101"], "percentile 101"),
+    ]:
+        with pytest.raises(SystemExit) as raised:
+            main(["explain", str(folder / "0.png"), "--decoder", str(out), *arguments])
+        assert message in str(raised.value)
+    with pytest.raises(SystemExit, match="cannot identify image file"):
+        main(["explain", str(folder / "broken.png"), "--decoder", str(out)])
+
+
+def test_module_runs_and_imports_are_light():
+    shown = subprocess.run(
+        [sys.executable, "-m", "scanlib", "train", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "--mask-by" in shown
+    code = (
+        "import sys, torch, torchvision; before = set(sys.modules); import scanlib; new = set(sys.modules) - before;"
+        "print([m for m in ('matplotlib', 'tqdm', 'PIL', 'ipywidgets', 'IPython', 'scipy') if m in new])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

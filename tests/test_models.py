@@ -1,0 +1,93 @@
+import pytest
+import torch
+import torchvision
+
+from scanlib import Signs, SmallResNet, load_target, small_vit
+from scanlib.cams import grad_cam
+from scanlib.models import Normalize, default_layer
+
+
+def test_small_models():
+    for model in (SmallResNet(), small_vit()):
+        assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
+        assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 1.5e6
+
+
+def test_normalize_by_hand():
+    x = torch.full((1, 3, 1, 1), 51.0, dtype=torch.float64)
+    assert Normalize((0.1,) * 3, (0.5,) * 3)(x).flatten().tolist() == pytest.approx([0.2] * 3)
+
+
+def test_torchvision_target_with_random_weights():
+    target = load_target("resnet18", weights=None)
+    assert (
+        target.layer == "layer4"
+        and target.image_size == (224, 224)
+        and target.classes[0] == "tench"
+        and not target.model.training
+    )
+    assert target.preprocess(torch.zeros(1, 3, 8, 8))[0, 0, 0, 0] == pytest.approx(-0.485 / 0.229)
+
+
+def test_default_layers():
+    for name, layer in [
+        ("squeezenet1_1", "features"),
+        ("vgg11", "features"),
+        ("densenet121", "features"),
+        ("mobilenet_v3_small", "features"),
+    ]:
+        model = torchvision.models.get_model(name, weights=None)
+        found = default_layer(model)
+        assert found.split(".")[0] == layer
+    vit = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32)
+    assert default_layer(vit) == "encoder.layers.encoder_layer_1.ln_1"
+    with pytest.raises(ValueError, match="no layer with a spatial extent"):
+        default_layer(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)), size=2)
+
+
+def test_weights_from_a_path(tmp_path):
+    model = torchvision.models.squeezenet1_1(weights=None, num_classes=1000)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "w.pth")
+    loaded = load_target("squeezenet1_1", tmp_path / "w.pth").model
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match="w.pth does not hold the weights of resnet18"):
+        load_target("resnet18", tmp_path / "w.pth")
+    with pytest.raises(
+        FileNotFoundError, match=r"no weights at .*none.pth; put a state dict of resnet18 there \(torchvision's is resnet18-"
+    ):
+        load_target("resnet18", tmp_path / "none.pth")
+
+
+def test_default_weights_offline_name_file_and_folder(tmp_path, monkeypatch):
+    def offline(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(FileNotFoundError, match=r"put resnet18-f37072fd.pth into .*checkpoints, or pass weights=PATH") as raised:
+        load_target("resnet18", "DEFAULT")
+    assert "\n" not in str(raised.value)
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "checkpoints" / "resnet18-f37072fd.pth")
+    assert load_target("resnet18", "DEFAULT").classes[0] == "tench"  # once it is there, it is used
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="model 'resnet_50' is not known; close matches: resnet50"):
+        load_target("resnet_50")
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        load_target("signs_cnn", "nowhere.pt")
+
+
+def test_shipped_classifier_on_fresh_scenes():
+    target = load_target("signs_cnn")
+    images, labels = zip(*Signs(200, seed=77), strict=True)
+    with torch.no_grad():
+        right = target.model(target.preprocess(torch.stack(images))).argmax(1) == torch.tensor(labels)
+    assert right.float().mean() >= 0.98
+
+
+def test_grad_cam_by_hand():
+    acts = torch.tensor([[[[1.0, 2], [3, 4]], [[4.0, 3], [2, 1]]]], dtype=torch.float64)
+    grads = torch.tensor([[[[2.0, 0], [0, 0]], [[-1.0, -1], [-1, -1]]]], dtype=torch.float64)
+    # weights: 0.5 and -1
+    assert grad_cam(acts, grads).tolist() == [[[0, 0], [0, 1]]]

@@ -1,0 +1,126 @@
+"""The project's own files: environments in step, notebooks clean, links right, floors respected."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scanlib import __version__
+from tests import links
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(path for path in ROOT.glob("notebooks/**/*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+LESSONS = [path for path in NOTEBOOKS if path.parent.name == "notebooks"]
+ids = lambda path: path.stem  # noqa: E731
+
+
+def requirements() -> dict[str, set[str]]:
+    """[project] dependencies and extras of pyproject.toml, as written."""
+    text = (ROOT / "pyproject.toml").read_text()
+    base = re.search(r"^dependencies = \[(.*?)^\]", text, re.S | re.M)[1]
+    extra = re.search(r"^test = \[(.*?)\]", text, re.S | re.M)[1]
+    return {"base": set(re.findall(r'"([^"]+)"', base)), "test": set(re.findall(r'"([^"]+)"', extra))}
+
+
+def test_environments_in_step():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    conda = {line.replace("pytorch>=", "torch>=") for line in conda if isinstance(line, str)} - {"pip"}
+    wanted = requirements()
+    assert conda == wanted["base"] | wanted["test"] | {"python>=3.10"}
+    assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_lower_bounds_only():
+    assert not [name for names in requirements().values() for name in names if re.search("==|<|~=", name)]
+
+
+def test_version_and_citation():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["license"] == "Apache-2.0" and "2603.06523" in citation["references"][0]["url"]
+
+
+def test_a_file_imports_only_from_the_floors_below():
+    floors = [
+        {"checkpoint", "hooks", "loss", "decoders", "data", "plots"},
+        {"models", "cams", "metrics", "trainer"},
+        {"scan"},
+        {"cli"},
+        {"__main__", "__init__"},
+    ]
+    floor = {name: level for level, names in enumerate(floors) for name in names}
+    for path in (ROOT / "scanlib").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = []
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scanlib"):
+                names = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
+            for name in names:
+                assert floor[name] < floor[path.stem], f"{path.name} imports {name}"
+
+
+def test_links_are_the_projects():
+    for path in links.files():
+        text = path.read_text("utf-8")
+        assert links.rewritten(text) == text, f"{path.name}: run `make links`"
+
+
+def test_links_are_rewritten_and_others_left_alone(monkeypatch):
+    monkeypatch.setattr(links, "address", lambda: "new/place")
+    text = "colab.research.google.com/github/old/x/blob/main/a.ipynb github.com/old/x.git github.com/gompanghee/SCAN"
+    assert (
+        links.rewritten(text)
+        == "colab.research.google.com/github/new/place/blob/main/a.ipynb github.com/new/place.git github.com/gompanghee/SCAN"
+    )
+
+
+def test_readme_names_every_notebook_and_only_files_that_exist():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for path in LESSONS:
+        assert f"notebooks/{path.name}" in readme
+    for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", readme):
+        assert (ROOT / link).exists(), link
+
+
+def cells(path, kind):
+    return [cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
+def test_notebook_is_executed_once_and_clean(path):
+    notebook = json.loads(path.read_text("utf-8"))
+    assert "widgets" not in notebook["metadata"]
+    assert path.stat().st_size < 1.2e6
+    code = cells(path, "code")
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    for cell in code:
+        assert not [output for output in cell["outputs"] if output["output_type"] == "error"]
+        assert not [output for output in cell["outputs"] if output.get("name") == "stderr"], (
+            "progress bars or warnings were committed"
+        )
+    text = path.read_text("utf-8")
+    assert "/work/" not in text and "/tmp/" not in text and "/root/" not in text
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=ids)
+def test_lesson_begins_and_ends_as_every_lesson(path):
+    first, setup = source(cells(path, "markdown")[0]), source(cells(path, "code")[0])
+    assert f"https://colab.research.google.com/github/{links.address()}/blob/main/notebooks/{path.name}" in first
+    assert re.search(r"Needs: .*CPU \d+ (s|min)", first)
+    assert setup == source(cells(LESSONS[0], "code")[0])
+    last = source(cells(path, "markdown")[-1])
+    assert "Recap" in last and "Exercises" in last and "solutions/" in last
+    for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", "\n".join(source(cell) for cell in cells(path, "markdown"))):
+        assert (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=ids)
+def test_code_cells_are_short(path):
+    for cell in cells(path, "code")[1:]:
+        assert len([line for line in source(cell).splitlines() if line.strip()]) <= 16, source(cell)

@@ -1,0 +1,493 @@
+import copy
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from scanlib import SCAN, load_target, small_vit
+from scanlib.data import Signs
+from scanlib.hooks import FeatureTap
+from scanlib.metrics import energy_inside, peak_inside
+from scanlib.models import CHECKPOINTS, Normalize
+from scanlib.scan import blur_to_grid, mask_scores, percentile_of_positives
+
+
+class Killed(BaseException):
+    pass
+
+
+def pictures(count=12, size=32):
+    x = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(2)) * 255
+    return TensorDataset(x, torch.arange(count) % 5)
+
+
+def scanner_for(model, layer="back", size=32, **options):
+    return SCAN(model, layer, image_size=(size, size), device="cpu", **options).set_preprocess(lambda x: x / 255)
+
+
+def ready(model, **options):
+    """A scanner set up and one epoch old."""
+    scanner = scanner_for(model, **options).set_dataset(DataLoader(pictures(), 4)).generate_decoder().compile()
+    scanner.fit(1, verbose=False)
+    return scanner
+
+
+# --- the maths ---
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.floats(0, 100), st.integers(0, 10**6), st.floats(0, 1))
+def test_percentile_is_numpys_over_the_positives(entries, percentile, seed, share):
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(3, 2, entries)) * (rng.random((3, 2, entries)) < share)
+    result = percentile_of_positives(torch.tensor(scores), percentile)
+    assert result.shape == (3, 1, 1)
+    for row, threshold in zip(scores, result.flatten().tolist(), strict=True):
+        positives = row[row > 0]
+        assert threshold == pytest.approx(np.percentile(positives, percentile) if positives.size else 0.0, abs=1e-12)
+
+
+def test_percentile_per_image():
+    scores = torch.arange(1.0, 12).expand(3, 11)
+    assert percentile_of_positives(scores, torch.tensor([0.0, 50, 100])).flatten().tolist() == [1, 6, 11]
+
+
+def test_mask_scores_by_hand():
+    features = torch.tensor([[[[1.0]], [[2.0]], [[3.0]]]])
+    gradient = torch.tensor([[[[2.0]], [[-1.0]], [[1.0]]]])
+    assert mask_scores(features, gradient, "gradient").flatten().tolist() == [2, 0, 1]
+    assert mask_scores(features, gradient, "attribution").flatten().tolist() == [2, 0, 3]
+    assert mask_scores(features, gradient, "position").flatten().tolist() == [6, 0, 9]  # times 2 - 2 + 3
+    tokens = mask_scores(features.flatten(2).transpose(1, 2), gradient.flatten(2).transpose(1, 2), "position", channel_dim=-1)
+    assert tokens.flatten().tolist() == [6, 0, 9]
+
+
+def test_masked_features_against_a_plain_loop(tiny, images):
+    """Eq. 1 in numpy, image by image, with its own full backward pass."""
+    scanner = ready(tiny)
+    features, scores = scanner.extract(images, [0, 1, 2, 3])
+    for percentile in (0, 70, 95):
+        masked = scanner._masked(features, scores, percentile)
+        for i in range(4):
+            kept = {}
+            handle = tiny.back.register_forward_hook(lambda m, x, y, kept=kept: kept.update(f=y))
+            y = tiny(images[i : i + 1] / 255)[0, i]
+            handle.remove()
+            gradient = np.maximum(torch.autograd.grad(y, kept["f"])[0][0].numpy(), 0)
+            threshold = np.percentile(gradient[gradient > 0], percentile)
+            expected = kept["f"][0].detach().numpy() * (gradient >= threshold * (1 - 1e-6))
+            np.testing.assert_allclose(masked[i].numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_blur_against_torchvision_and_its_band_limit():
+    x = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    expected = torchvision.transforms.functional.gaussian_blur(x, [17, 17], [8.0, 8.0])
+    torch.testing.assert_close(blur_to_grid(x, (8, 8)), expected)
+    wide = blur_to_grid(torch.rand(1, 3, 32, 64, dtype=torch.float64), (8, 8))  # sigma 4 down, 8 across
+    assert wide.shape == (1, 3, 32, 64)
+    assert wide.diff(dim=3).abs().mean() < wide.diff(dim=2).abs().mean()
+    torch.testing.assert_close(blur_to_grid(torch.full((1, 3, 16, 16), 7.0), (2, 2)), torch.full((1, 3, 16, 16), 7.0))
+
+
+def test_target_image_is_the_blurred_picture_in_range(tiny, images):
+    scanner = scanner_for(tiny).generate_decoder()
+    target = scanner.target_image(images)
+    assert target.shape == (4, 3, 32, 32) and target.abs().max() <= 1
+    torch.testing.assert_close(target.mean(), images.mean() / 127.5 - 1, atol=0.02, rtol=0)
+
+
+# --- the published way of use, call for call ---
+
+
+def test_published_use_on_a_resnet50(tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50(weights=None)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    loader = DataLoader(pictures(2, 224), batch_size=2)
+    scanner = SCAN(
+        target_model=model,
+        target_layer="layer4",
+        image_size=(224, 224),
+        use_gradient_mask=True,
+        device=torch.device("cpu"),
+        num_classes=1000,
+    )
+    chained = (
+        scanner.set_preprocess(Normalize())
+        .set_dataset(loader, use_augmentation=(70, 100))
+        .set_validation_dataset(loader)
+        .generate_decoder(is_Transformer=False, ch_per_lv=[48, 64, 96, 128])
+        .compile(
+            loss_alpha=4.0,
+            optimizer_class=torch.optim.Adam,
+            learning_rate=1e-3,
+            metrics=None,
+            scheduler_class=torch.optim.lr_scheduler.CosineAnnealingLR,
+            scheduler_kwargs={"T_max": 2, "eta_min": 1e-6},
+        )
+    )
+    assert chained is scanner
+    history = scanner.fit(epochs=2, verbose=False)
+    assert set(history) == {"loss", "val_loss", "ConfidentMAE", "NonConfidentMAE", "val_ConfidentMAE", "val_NonConfidentMAE"}
+    assert all(len(values) == 2 and np.isfinite(values).all() for values in history.values())
+    assert scanner.optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)
+
+    image = loader.dataset[0][0]
+    confidence, reconstruction = scanner(image, percentile=95)
+    assert confidence.shape == (224, 224) and confidence.dtype == torch.float32 and 0 <= confidence.min() <= confidence.max() <= 1
+    assert reconstruction.shape == (224, 224, 3) and reconstruction.dtype == torch.uint8
+    batch = next(iter(loader))[0]
+    confidences, reconstructions = scanner(batch, class_idx=[3, 4], percentile=90)
+    assert confidences.shape == (2, 224, 224) and reconstructions.shape == (2, 224, 224, 3)
+    one, _ = scanner(batch[1], class_idx=4, percentile=90)
+    torch.testing.assert_close(one, confidences[1], rtol=1e-3, atol=1e-4)
+
+    scanner.save_decoder(tmp_path / "decoder.pt")
+    for layer in ("layer4", model.layer4, [name for name, _ in model.named_modules()][1:].index("layer4")):
+        again = SCAN(model, layer, device="cpu").set_preprocess(Normalize())
+        again.load_decoder(str(tmp_path / "decoder.pt"))
+        torch.testing.assert_close(again(batch, class_idx=[3, 4], percentile=90), (confidences, reconstructions))
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- training ---
+
+
+def test_training_lowers_the_loss_and_metrics_are_validation_ones(tiny):
+    scanner = (
+        scanner_for(tiny)
+        .set_dataset(DataLoader(pictures(), 4), use_augmentation=False)
+        .set_validation_dataset(DataLoader(pictures(), 12))
+    )
+    history = scanner.generate_decoder().compile(learning_rate=3e-3).fit(15, verbose=False)
+    assert history["loss"][-1] < 0.8 * history["loss"][0]
+    # validation by hand: mask G > 0, eval mode
+    images, labels = pictures().tensors
+    features, scores = scanner.extract(images, labels)
+    with torch.no_grad():
+        outputs = scanner.decoder.eval()(features * (scores > 0))
+        loss = scanner.criterion(outputs, scanner.target_image(images))
+    assert history["val_loss"][-1] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_percentiles_are_drawn_per_image_and_visit_within_the_range(tiny, monkeypatch):
+    import scanlib.scan
+
+    drawn = []
+    real = scanlib.scan.percentile_of_positives
+    monkeypatch.setattr(
+        scanlib.scan, "percentile_of_positives", lambda scores, p: drawn.append(torch.as_tensor(p)) or real(scores, p)
+    )
+    scanner = (
+        scanner_for(tiny)
+        .set_dataset(DataLoader(pictures(), 4), use_augmentation=(80, 90))
+        .set_validation_dataset(DataLoader(pictures(), 12))
+    )
+    scanner.generate_decoder().compile().fit(2, verbose=False)
+    training = torch.cat([p for p in drawn if p.ndim])
+    assert len(training) == 24 and len(set(training.tolist())) == 24 and 80 <= training.min() < training.max() <= 90
+    assert [float(p) for p in drawn if not p.ndim] == [0, 0]
+
+
+@pytest.mark.parametrize("mask_by", ["gradient", "attribution", "position"])
+@pytest.mark.parametrize("layer_kind", ["conv", "tokens"])
+def test_cache_changes_no_figure(tiny, mask_by, layer_kind):
+    if layer_kind == "tokens":
+        torch.manual_seed(0)
+        model, layer = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5), "encoder.layers.encoder_layer_0"
+        nn.init.normal_(model.heads.head.weight)
+    else:
+        model, layer = tiny, "back"
+    histories = []
+    for cache in (True, False):
+        torch.manual_seed(0)
+        scanner = scanner_for(model, layer, mask_by=mask_by).set_dataset(DataLoader(pictures(), 4)).generate_decoder().compile()
+        histories.append(scanner.fit(3, verbose=False, cache=cache))
+    assert histories[0]["loss"] == pytest.approx(histories[1]["loss"], rel=1e-4)
+
+
+def test_the_model_runs_once_with_a_cache_and_once_an_epoch_without(tiny):
+    calls = []
+    tiny.head.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    for cache, expected in ((True, 12), (False, 36), ("auto", 12)):
+        scanner = scanner_for(tiny).set_dataset(DataLoader(pictures(), 4, shuffle=True)).generate_decoder().compile()
+        calls.clear()
+        scanner.fit(3, verbose=False, cache=cache)
+        assert sum(calls) == expected
+    calls.clear()
+    scanner.fit(2, verbose=False, cache_budget=1000)  # too small a budget: auto does not cache
+    assert sum(calls) == 24
+
+
+def test_auto_cache_does_not_freeze_random_augmentation(tiny):
+    class Flipping(torch.utils.data.Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            image = pictures()[index][0]
+            return (image.flip(-1) if torch.rand(()) < 0.5 else image), 0
+
+    calls = []
+    tiny.head.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    scanner = scanner_for(tiny).set_dataset(DataLoader(Flipping(), 4)).generate_decoder().compile()
+    calls.clear()
+    scanner.fit(2, verbose=False)
+    assert sum(calls) == 24
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_killed_fit_resumes_bit_for_bit(tiny, tmp_path, cache):
+    def run(checkpoint=None, on_step=None):
+        torch.manual_seed(0)
+        scanner = scanner_for(tiny).set_dataset(DataLoader(pictures(), 4, shuffle=True)).generate_decoder().compile()
+        return scanner, lambda: scanner.fit(3, verbose=False, cache=cache, checkpoint=checkpoint, on_step=on_step)
+
+    whole, fit = run()
+    history = fit()
+    count = itertools.count(1)
+
+    def kill(trainer):
+        trainer.save_every = 0
+        if next(count) == 5:
+            raise Killed
+
+    _, fit = run(tmp_path / "run.pt", kill)
+    with pytest.raises(Killed):
+        fit()
+    torch.manual_seed(123)
+    resumed, fit = run(tmp_path / "run.pt")
+    assert fit() == history
+    for ours, theirs in zip(whole.decoder.state_dict().values(), resumed.decoder.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_loaders_of_images_alone_and_of_unknown_labels_use_the_predicted_class(tiny):
+    images, _ = pictures().tensors
+    predicted = tiny(images / 255).argmax(1)
+    losses = []
+    for loader in ([images[:6], images[6:]], [(images, torch.full((12,), -1))], [(images, predicted)]):
+        torch.manual_seed(0)
+        scanner = scanner_for(tiny).set_dataset(loader, use_augmentation=False).generate_decoder().compile(learning_rate=0.0)
+        losses.append(scanner.fit(1, verbose=False)["loss"][0])
+    assert losses[1] == pytest.approx(losses[2]) and losses[0] == pytest.approx(losses[2], rel=0.1)
+
+
+def test_without_the_gradient_mask_nothing_is_differentiated(tiny, images, monkeypatch):
+    monkeypatch.setattr(FeatureTap, "gradient", lambda *_: pytest.fail("a gradient was taken"))
+    scanner = ready(tiny, use_gradient_mask=False)
+    features, scores = scanner.extract(images)
+    torch.testing.assert_close(scanner._masked(features, scores, 95), features)
+    assert scanner(images)[0].shape == (4, 32, 32)
+
+
+def test_own_decoder_and_full_resolution(tiny, images):
+    own = nn.Sequential(nn.Conv2d(8, 4, 1), nn.Upsample(scale_factor=2))
+    scanner = scanner_for(tiny, decoder_model=own).set_dataset(DataLoader(pictures(), 4)).compile()
+    scanner.fit(1, verbose=False)
+    assert scanner(images)[0].shape == (4, 32, 32)
+    full = scanner_for(tiny).set_dataset(DataLoader(pictures(), 4)).generate_decoder(output_stride=1).compile()
+    full.fit(1, verbose=False)
+    assert full.explain(images, normalize=False).shape == (4, 32, 32)
+
+
+def test_vit_chooses_the_transformer_decoder_and_warns_of_an_empty_gradient():
+    torch.manual_seed(0)
+    model = small_vit()
+    nn.init.normal_(model.heads.head.weight)
+    loader = DataLoader(TensorDataset(torch.rand(4, 3, 64, 64) * 255, torch.zeros(4, dtype=torch.long)), 4)
+    scanner = (
+        SCAN(model, "encoder.layers.encoder_layer_4", (64, 64), device="cpu").set_preprocess(Normalize()).set_dataset(loader)
+    )
+    scanner.generate_decoder().compile().fit(1, verbose=False)
+    assert type(scanner.decoder).__name__ == "TransformerDecoder" and scanner(loader.dataset[0][0])[0].shape == (64, 64)
+    scanner.generate_decoder(is_Transformer=False).compile().fit(1, verbose=False)
+    assert scanner(loader.dataset[0][0])[0].shape == (64, 64)
+    last = SCAN(model, "encoder.layers.encoder_layer_5", (64, 64), device="cpu").set_preprocess(Normalize()).generate_decoder()
+    with pytest.warns(UserWarning, match="no positive gradient at any place of layer 'encoder.layers.encoder_layer_5'"):
+        last.extract(torch.rand(1, 3, 64, 64) * 255)
+
+
+# --- the explainer call ---
+
+
+def test_explain_answers_the_common_call(tiny, images):
+    scanner = ready(tiny)
+    maps = scanner.explain(images, [0, 1, 2, 3])
+    assert maps.shape == (4, 32, 32) and maps.amin() == 0 and maps.amax() == 1
+    torch.testing.assert_close(scanner.explain(images[2:3], 2)[0], maps[2], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(scanner.explain(images, lambda row: row[1]), scanner.explain(images, 1), rtol=1e-4, atol=1e-5)
+    bigger = torch.nn.functional.interpolate(images, size=(48, 40))
+    assert scanner.explain(bigger).shape == (4, 48, 40)
+    assert scanner.explain(images, normalize=False).max() <= 1
+    with pytest.raises(ValueError, match="2 classes for 4 images"):
+        scanner.explain(images, [0, 1])
+
+
+def test_float64_uint8_and_other_sizes(tiny, images):
+    scanner = ready(tiny)
+    a, _ = scanner(images.round().to(torch.uint8))
+    b, _ = scanner(images.round().double())
+    torch.testing.assert_close(a, b)
+    assert scanner(torch.nn.functional.interpolate(images, size=50))[0].shape == (4, 32, 32)
+
+
+# --- saved decoders ---
+
+
+def test_half_precision_round_trip(tiny, images, tmp_path):
+    scanner = ready(tiny)
+    scanner.save_decoder(tmp_path / "half.pt", half=True, notes={"who": "me"})
+    scanner.save_decoder(tmp_path / "full.pt")
+    assert (tmp_path / "half.pt").stat().st_size < (tmp_path / "full.pt").stat().st_size
+    again = scanner_for(tiny)
+    assert again.load_decoder(tmp_path / "half.pt") == {"who": "me"}
+    assert next(again.decoder.parameters()).dtype == torch.float32
+    torch.testing.assert_close(again(images)[0], scanner(images)[0], atol=0.02, rtol=0)
+    assert all(value.device.type == "cpu" for value in torch.load(tmp_path / "half.pt", weights_only=True)["state_dict"].values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_decoders_travel_between_cpu_and_cuda(tiny, images, tmp_path):
+    scanner = ready(tiny)
+    expected = scanner(images)[0]
+    scanner.save_decoder(tmp_path / "cpu.pt")
+    on_gpu = SCAN(copy.deepcopy(tiny), "back", (32, 32), device="cuda").set_preprocess(lambda x: x / 255)
+    on_gpu.load_decoder(tmp_path / "cpu.pt")
+    torch.testing.assert_close(on_gpu(images)[0], expected, rtol=1e-2, atol=1e-2)
+    on_gpu.save_decoder(tmp_path / "cuda.pt")
+    back = scanner_for(tiny)
+    back.load_decoder(tmp_path / "cuda.pt")
+    torch.testing.assert_close(back(images)[0], expected, rtol=1e-2, atol=1e-2)
+
+
+def test_decoders_of_another_layer_model_or_weights(tiny, tmp_path):
+    ready(tiny).save_decoder(tmp_path / "d.pt")
+    with pytest.raises(
+        ValueError, match="d.pt was trained for layer = back, this scanner has front; build the scanner as it was"
+    ):
+        scanner_for(tiny, "front").load_decoder(tmp_path / "d.pt")
+    with pytest.raises(ValueError, match="was trained for model = TinyNet, this scanner has ResNet"):
+        SCAN(torchvision.models.resnet18(weights=None), "layer1", (32, 32), device="cpu").load_decoder(tmp_path / "d.pt")
+    with pytest.raises(ValueError, match="mask_by = gradient, this scanner has position"):
+        scanner_for(tiny, mask_by="position").load_decoder(tmp_path / "d.pt")
+    other = copy.deepcopy(tiny)
+    nn.init.normal_(other.head.weight)
+    with pytest.warns(UserWarning, match="other weights of the same architecture"):
+        scanner_for(other).load_decoder(tmp_path / "d.pt")
+
+
+class Hostile:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_damaged_and_hostile_decoders(tiny, tmp_path, capsys):
+    ready(tiny).save_decoder(tmp_path / "d.pt")
+    whole = (tmp_path / "d.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save(Hostile(), tmp_path / "hostile.pt")
+    for name in ("cut.pt", "hostile.pt"):
+        with pytest.raises(ValueError, match=f"{name} is truncated or no plain checkpoint"):
+            scanner_for(tiny).load_decoder(tmp_path / name)
+    assert "code ran" not in capsys.readouterr().out
+    torch.save(tiny.state_dict(), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="checkpoint of another kind: it lacks identity"):
+        scanner_for(tiny).load_decoder(tmp_path / "other.pt")
+    broken = torch.load(tmp_path / "d.pt", weights_only=True)
+    broken["config"]["decoder"] = "os.system"
+    torch.save(broken, tmp_path / "broken.pt")
+    with pytest.raises(ValueError, match="does not fit its own description"):
+        scanner_for(tiny).load_decoder(tmp_path / "broken.pt")
+
+
+def test_shipped_decoder_on_fresh_scenes():
+    target = load_target("signs_cnn")
+    scanner = SCAN(target.model, target.layer, target.image_size, device="cpu").set_preprocess(target.preprocess)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it must be the decoder of these very weights
+        scanner.load_decoder(CHECKPOINTS / "signs_cnn_decoder.pt")
+    images, _, masks = map(list, zip(*Signs(200, seed=77, masks=True), strict=True))
+    maps, masks = scanner.explain(torch.stack(images)), torch.stack(masks)
+    assert energy_inside(maps, masks).mean() >= 0.57
+    assert peak_inside(maps, masks).mean() >= 0.8
+    assert sum(path.stat().st_size for path in CHECKPOINTS.glob("signs_cnn*.pt")) < 4e6
+
+
+# --- bad input: one line that says what would work ---
+
+
+def test_bad_images(tiny, images):
+    scanner = ready(tiny)
+    for bad, message in [
+        (images[:, :2], r"image must be a tensor \(3, H, W\) or \(N, 3, H, W\) in \[0, 255\], not \(4, 2, 32, 32\)"),
+        (images.numpy(), "image must be a tensor"),
+        ("cat.jpg", "not str"),
+        (images * float("nan"), "image holds NaN or infinite values; expected finite pixels"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            scanner(bad)
+    with pytest.warns(UserWarning, match=r"image values lie in \[.*\], but \[0, 255\] is expected; multiply by 255"):
+        scanner(images / 255)
+
+
+def test_bad_percentiles_and_classes(tiny, images):
+    scanner = ready(tiny)
+    for percentile in (-1, 101, float("nan")):
+        with pytest.raises(ValueError, match=r"out of range; give 0\.\.100"):
+            scanner(images, percentile=percentile)
+    with pytest.raises(ValueError, match=r"class 5 is out of range: the model has classes 0\.\.4"):
+        scanner(images, class_idx=5)
+    with pytest.raises(ValueError, match="3 classes for 4 images"):
+        scanner(images, class_idx=[0, 1, 2])
+    with pytest.raises(ValueError, match="runs backwards"):
+        scanner.set_dataset([], use_augmentation=(100, 70))
+    with pytest.raises(ValueError, match="percentile 120 is out of range"):
+        scanner.set_dataset([], use_augmentation=(70, 120))
+
+
+def test_bad_layers(tiny):
+    with pytest.raises(ValueError, match="target_layer 'bak' not found; close matches: back"):
+        scanner_for(tiny, "bak")
+    with pytest.raises(RuntimeError, match="layer 'unused' did not run"):
+        scanner_for(tiny, "unused").generate_decoder()
+    with pytest.raises(ValueError, match="no spatial extent"):
+        scanner_for(tiny, "head").generate_decoder()
+    with pytest.raises(ValueError, match="mask_by 'grad' is not known; take one of gradient, attribution, position"):
+        scanner_for(tiny, mask_by="grad")
+
+
+def test_steps_out_of_order(tiny, images, tmp_path):
+    scanner = scanner_for(tiny)
+    with pytest.raises(RuntimeError, match="no decoder yet; call generate_decoder"):
+        scanner(images)
+    with pytest.raises(RuntimeError, match="no decoder yet"):
+        scanner.compile()
+    with pytest.raises(RuntimeError, match="nothing to train on; call set_dataset"):
+        scanner.fit(1)
+    scanner.set_dataset(DataLoader(pictures(), 4)).generate_decoder()
+    with pytest.raises(RuntimeError, match="not compiled; call compile"):
+        scanner.fit(1)
+    for call in (lambda: scanner(images), lambda: scanner.explain(images), lambda: scanner.save_decoder(tmp_path / "d.pt")):
+        with pytest.raises(RuntimeError, match=r"not trained yet; call fit\(\)"):
+            call()
+    scanner.compile().fit(1, verbose=False)
+    scanner(images)
+
+
+def test_empty_loader(tiny):
+    for cache in (True, False):
+        scanner = scanner_for(tiny).set_dataset([]).generate_decoder().compile()
+        with pytest.raises(ValueError, match="the loader is empty; give it at least one batch"):
+            scanner.fit(1, verbose=False, cache=cache)
+    with pytest.raises(ValueError, match="cache 'yes' is not known"):
+        scanner.fit(1, cache="yes")
