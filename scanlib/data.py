@@ -99,8 +99,8 @@ class Signs(Dataset):
     """Procedural scenes with known objects. Item: (image, label), with ``masks=True`` (image, label, mask).
 
     Image float32 (3, size, size) in [0, 255]; label int, index into ``Signs.classes`` (item i has label i % 10, so every
-    run of ten items is balanced); mask bool (size, size). Item i depends on (seed, i) and the knobs alone: labels, layout and masks are
-    the same on every platform and in every worker, pixels within one grey level.
+    run of ten items is balanced); mask bool (size, size). Item i depends on (seed, i) and the knobs alone: labels, layout and
+    masks are the same on every platform and in every worker, pixels within one grey level.
 
     Args:
         length, size, seed: number of scenes, pixels a side (at least 16), and which scenes.

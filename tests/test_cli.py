@@ -21,10 +21,8 @@ def folder(tmp_path):
 def test_train_and_explain(folder, tmp_path, capsys):
     out = tmp_path / "made" / "decoder.pt"
     with pytest.warns(UserWarning, match="1 of 9 pictures"):
-        main(
-            f"train --model signs_cnn --data {folder} --out {out} --epochs 2 --batch-size 4".split()
-            + ["--mask-by", "position", "--percentiles", "90", "95"]
-        )
+        options = "--epochs 2 --batch-size 4 --mask-by position --percentiles 90 95"
+        main(f"train --model signs_cnn --data {folder} --out {out} {options}".split())
     assert "decoder of signs_cnn, layer layer4, from 7 pictures" in capsys.readouterr().out
     assert [path.name for path in out.parent.iterdir()] == ["decoder.pt"]  # the run's own checkpoint is gone
     picture = tmp_path / "map.png"
