@@ -9,9 +9,9 @@ import argparse
 import time
 
 import torch
-import torch.nn.functional as F
 
 from scanlib import SCAN, FeatureTap, PhotoFolder, grad_cam, load_target
+from scanlib.cams import stretched
 from scanlib.checkpoint import load_checkpoint
 from scanlib.metrics import blurred, centre_maps, class_score, random_maps, removal_curves
 
@@ -35,9 +35,7 @@ def main() -> None:
 
     with FeatureTap(target.model, scanner.layer_name) as tap:
         classes = tap(target.preprocess(images)).argmax(1)
-        maps = {
-            "Grad-CAM": F.interpolate(grad_cam(tap.features, tap.gradient(classes))[:, None], size=size, mode="bilinear")[:, 0]
-        }
+        maps = {"Grad-CAM": stretched(grad_cam(tap.features, tap.gradient(classes)), size)}
     for percentile in options.percentile:
         maps[f"SCAN, P = {percentile:g}"] = scanner.explain(images, classes, percentile)
     maps |= {"random": random_maps(len(images), size), "centre prior": centre_maps(len(images), size)}

@@ -43,7 +43,7 @@ def train_signs_cnn_decoder() -> None:
     loader = DataLoader(in_memory(Signs(3000)), batch_size=16, shuffle=True)
     scanner = SCAN(target.model, target.layer, image_size=target.image_size, device="cpu").set_preprocess(target.preprocess)
     scanner.set_dataset(loader).generate_decoder()
-    schedule = {"max_lr": 4e-3, "total_steps": epochs * len(loader)}
+    schedule = {"max_lr": 8e-3, "total_steps": epochs * len(loader)}
     # alpha 6: a map of 1/7 of the picture; a sign covers about a tenth
     scanner.compile(
         6.0, scheduler_class=torch.optim.lr_scheduler.OneCycleLR, scheduler_kwargs=schedule, scheduler_interval="step"

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", required=True, type=Path, help="where the decoder goes; a killed run goes on from OUT.run")
     train.add_argument("--epochs", type=int, default=4)
     train.add_argument("--batch-size", type=int, default=16)
-    train.add_argument("--learning-rate", type=float, default=3e-3, help="peak of the one-cycle schedule")
+    train.add_argument("--learning-rate", type=float, default=8e-3, help="peak of the one-cycle schedule")
     train.add_argument("--alpha", type=float, default=4.0, help="the map should cover 1 / (1 + alpha) of the picture")
     train.add_argument("--mask-by", choices=MASKS, default="gradient", help="what the percentile ranks")
     train.add_argument(
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--widths", type=int, nargs="+", help="decoder widths at strides 4, 8, 16, 32; left out, they fit the layer"
     )
     train.add_argument("--output-stride", type=int, help="picture pixels per decoded pixel; left out, 4x the feature grid")
-    train.add_argument("--upsampling", choices=("bilinear", "transposed"), default="bilinear")
+    train.add_argument("--upsampling", choices=("bilinear", "transposed"), help="left out, it fits the decoder")
     train.add_argument("--image-size", type=int, help="pixels a side; left out, the model's own")
     train.add_argument("--scenes", type=int, default=3000, help="number of scenes with --data signs")
     train.add_argument("--validation", type=float, default=0.1, help="share of the pictures kept for validation")

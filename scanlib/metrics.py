@@ -70,7 +70,7 @@ def blurred(images: Tensor, share: float = 0.25) -> Tensor:
 
 @torch.no_grad()
 def removal_curves(
-    score: Callable[[Tensor], Tensor],
+    score: Callable[[Tensor, Tensor], Tensor],
     images: Tensor,
     maps: Tensor,
     *,
@@ -120,3 +120,16 @@ def class_score(model, preprocess, classes: Tensor) -> Callable[[Tensor, Tensor]
         return model(preprocess(images)).softmax(1).gather(1, chosen[:, None].to(images.device))[:, 0]
 
     return score
+
+
+def evaluate(
+    maps: Tensor, masks: Tensor, images: Tensor, score: Callable[[Tensor, Tensor], Tensor], **options
+) -> dict[str, float]:
+    """The five figures of a table, each a mean over the pictures: energy inside, peak inside, IoU, deletion, insertion.
+
+    score and options are removal_curves'.
+    """
+    deletion, insertion = removal_curves(score, images, maps, **options)
+    figures = {"energy": energy_inside(maps, masks), "peak": peak_inside(maps, masks), "IoU": iou_at_area(maps, masks)}
+    figures |= {"deletion": deletion, "insertion": insertion}
+    return {name: float(values.float().mean()) for name, values in figures.items()}

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scanlib import decoders
+from scanlib.cams import stretched
 from scanlib.checkpoint import load_checkpoint, save_checkpoint
 from scanlib.hooks import FeatureTap, Layout, class_indices, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, split_outputs
@@ -187,26 +188,25 @@ class SCAN:
         ch_per_lv: Sequence[int] | None = None,
         *,
         output_stride: int | None = None,
-        upsampling: str = "bilinear",
+        upsampling: str | None = None,
     ) -> "SCAN":
         """Build the decoder for this layer.
 
         is_Transformer: None takes the transformer decoder for token layers and the convolutional one else.
-        The other arguments are the decoders': see ``ConvolutionalDecoder``.
+        The other arguments are the decoders', None their defaults: see ``ConvolutionalDecoder``.
         """
         layout = self.layout
+        transformer = layout.kind == "BTC" if is_Transformer is None else is_Transformer
         config = {
-            "decoder": "TransformerDecoder"
-            if (layout.kind == "BTC" if is_Transformer is None else is_Transformer)
-            else "ConvolutionalDecoder",
+            "decoder": "TransformerDecoder" if transformer else "ConvolutionalDecoder",
             "in_channels": layout.channels,
             "grid": list(layout.grid),
             "image_size": list(self.image_size),
             "ch_per_lv": list(ch_per_lv) if ch_per_lv is not None else None,
             "output_stride": output_stride,
-            "upsampling": upsampling,
+            "upsampling": upsampling or ("bilinear" if transformer else "transposed"),
         }
-        if config["decoder"] == "TransformerDecoder":
+        if transformer:
             config["prefix"] = layout.prefix
         self._build(config)
         self.trained = False
@@ -379,11 +379,8 @@ class SCAN:
         with torch.no_grad():
             outputs = self._decode(self._masked(*self.extract(self._images(images), target), _checked_percentile(percentile)))
             confidence, _ = split_outputs(outputs)
-            if normalize:
-                confidence = F.interpolate(confidence, size=images.shape[-2:], mode="bilinear", align_corners=False)
-                low, high = confidence.amin((2, 3), keepdim=True), confidence.amax((2, 3), keepdim=True)
-                confidence = (confidence - low) / (high - low).clamp_min(1e-12)
-        return confidence[:, 0].to(images.device)
+            maps = stretched(confidence[:, 0], images.shape[-2:]) if normalize else confidence[:, 0]
+        return maps.to(images.device)
 
     def extract(self, images: Tensor, target=None) -> tuple[Tensor, Tensor]:
         """Features and mask scores of images (N, 3, H, W), as the decoder takes them: (N, C, h, w), or tokens (N, T, C).

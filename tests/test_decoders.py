@@ -24,7 +24,7 @@ def test_shapes(channels, grid, size, stride, out, upsampling):
 
 
 def test_published_widths_from_512_channels_on_and_scaled_below():
-    widths = lambda decoder: [level.up[-1].weight.shape[1] for level in decoder.up]  # noqa: E731 - each level's input width
+    widths = lambda decoder: [level.up.in_channels for level in decoder.up]  # noqa: E731 - each level's input width
     assert widths(ConvolutionalDecoder(512, (7, 7), (224, 224), output_stride=1)) == [512, 384, 256, 192, 128]
     assert widths(ConvolutionalDecoder(2048, (7, 7), (224, 224), output_stride=1)) == [512, 384, 256, 192, 128]
     assert widths(ConvolutionalDecoder(256, (7, 7), (224, 224), output_stride=1)) == [256, 192, 128, 96, 64]

@@ -6,6 +6,7 @@ from scanlib.metrics import (
     centre_maps,
     class_score,
     energy_inside,
+    evaluate,
     iou_at_area,
     peak_inside,
     random_maps,
@@ -68,6 +69,19 @@ def test_baselines_and_fill():
     assert centre.shape == (2, 5, 7) and centre[0].argmax() == 2 * 7 + 3 and centre.max() == 1
     flat = torch.full((1, 3, 16, 16), 80.0)
     torch.testing.assert_close(blurred(flat), flat)
+
+
+def test_evaluate_collects_the_five():
+    torch.manual_seed(0)
+    images, maps = torch.rand(3, 3, 4, 4) * 255, torch.rand(3, 4, 4)
+    masks = maps > 0.5
+    score = lambda x, i: x.mean((1, 2, 3))  # noqa: E731
+    figures = evaluate(maps, masks, images, score, steps=4)
+    deletion, insertion = removal_curves(score, images, maps, steps=4)
+    assert list(figures) == ["energy", "peak", "IoU", "deletion", "insertion"] and figures["IoU"] == 1 == figures["peak"]
+    assert figures["deletion"] == pytest.approx(float(deletion.mean())) and figures["insertion"] == pytest.approx(
+        float(insertion.mean())
+    )
 
 
 def test_class_score():

@@ -3,7 +3,7 @@ import torch
 import torchvision
 
 from scanlib import Signs, SmallResNet, load_target, small_vit
-from scanlib.cams import grad_cam
+from scanlib.cams import grad_cam, stretched
 from scanlib.models import Normalize, default_layer
 
 
@@ -91,3 +91,5 @@ def test_grad_cam_by_hand():
     grads = torch.tensor([[[[2.0, 0], [0, 0]], [[-1.0, -1], [-1, -1]]]], dtype=torch.float64)
     # weights: 0.5 and -1
     assert grad_cam(acts, grads).tolist() == [[[0, 0], [0, 1]]]
+    assert stretched(torch.tensor([[[2.0, 4], [3, 2]]]), (2, 2)).tolist() == [[[0, 1], [0.5, 0]]]
+    assert stretched(torch.ones(1, 2, 2), (4, 4)).eq(0).all()
