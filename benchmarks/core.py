@@ -92,7 +92,7 @@ def straightforward(case: str, dataset: Dataset, epochs: int) -> tuple[SCAN, flo
             scanner.optimizer.zero_grad()
             scanner.criterion(scanner.decoder(features), target).backward()
             scanner.optimizer.step()
-    scanner.trained = True
+    scanner._trained = True  # as far as the scanner knows, nobody called fit
     return scanner, (time.perf_counter() - start) / epochs
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, random_split
+from torch.utils.data import DataLoader, Dataset, random_split
 
 from scanlib.checkpoint import load_checkpoint
 from scanlib.data import PhotoFolder, Signs, read_image
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"scanlib {options.name}: {error}")
 
 
@@ -78,12 +78,36 @@ def _scanner(target: Target, layer: str, image_size, mask_by: str, device) -> SC
     return SCAN(target.model, layer, image_size, device=device, mask_by=mask_by).set_preprocess(target.preprocess)
 
 
+class _Unlabelled(Dataset):
+    """A data set whose labels mean nothing to the model."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return self.data[index][0], -1
+
+
 def train_command(options) -> None:
     """Train, save the decoder, and say so."""
-    weights = None if options.weights.lower() == "none" else options.weights
+    if not 0 <= options.validation < 1:
+        raise ValueError(f"--validation {options.validation} is no share of the pictures; give 0 up to, not including, 1")
+    if options.epochs < 1 or options.learning_rate <= 0:
+        raise ValueError(f"--epochs {options.epochs}, --learning-rate {options.learning_rate}: both must be positive")
+    if options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder; give the file to write, as {options.out / 'decoder.pt'}")
+    weights = {"none": None, "default": "DEFAULT"}.get(options.weights.lower(), options.weights)
     target = load_target(options.model, weights)
     size = (options.image_size, options.image_size) if options.image_size else target.image_size
-    data = Signs(options.scenes, size[0]) if options.data == "signs" else PhotoFolder(options.data, size[0], target.classes)
+    if options.data == "signs":
+        data = Signs(options.scenes, size[0])
+        if target.classes != list(Signs.classes):
+            data = _Unlabelled(data)
+    else:
+        data = PhotoFolder(options.data, size[0], target.classes)
     kept = round(options.validation * len(data))
     train, validation = random_split(data, [len(data) - kept, kept], torch.Generator().manual_seed(options.seed))
 
@@ -113,7 +137,9 @@ def explain_command(options) -> None:
 
     saved = load_checkpoint(options.decoder, ("identity", "notes"))
     notes, identity = saved["notes"], saved["identity"]
-    if "model" not in notes:
+    if not (isinstance(identity, dict) and {"layer", "image_size", "mask_by"} <= set(identity)):
+        raise ValueError(f"{options.decoder} does not say which layer it belongs to; train a new decoder")
+    if not isinstance(notes, dict) or not isinstance(notes.get("model"), str):
         raise ValueError(
             f"{options.decoder} does not say which classifier it belongs to; explain in Python, with SCAN(...).load_decoder(path)"
         )

@@ -232,7 +232,7 @@ class Signs(Dataset):
 
     def _mark(self, canvas: np.ndarray, label: int) -> None:
         """A small square in a corner; corner and colour belong to the class."""
-        side, gap = round(self.size * 0.11), round(self.size * 0.03)
+        side, gap = round(self.size * 0.11), max(1, round(self.size * 0.03))
         rows = slice(gap, gap + side) if label % 4 < 2 else slice(-gap - side, -gap)
         columns = slice(gap, gap + side) if label % 2 == 0 else slice(-gap - side, -gap)
         canvas[rows, columns] = _rgb(label / len(self.classes), 1.0, 1.0)
@@ -254,10 +254,31 @@ def read_image(path: str | os.PathLike, size: int | None = None) -> Tensor:
         picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        if picture.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: scale, since converting would clip
+            deep = np.asarray(picture, dtype=np.float32)
+            picture = Image.fromarray((deep / (257 if deep.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
         picture = picture.convert("RGB")
         if size is not None:
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1).contiguous()
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ").replace("-", " ")
+
+
+def _pictures_below(root: Path) -> list[Path]:
+    """Picture files in a folder and its folders, sorted; hidden ones left out, links followed, each folder once."""
+    files, seen = [], set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        if os.path.realpath(folder) in seen:
+            inner.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        pictures = (name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+        files += [Path(folder) / name for name in pictures]
+    return sorted(files)
 
 
 class PhotoFolder(Dataset):
@@ -279,16 +300,22 @@ class PhotoFolder(Dataset):
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f"no folder at {root}; give one that holds pictures, or one folder of pictures per class")
-        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in EXTENSIONS and path.is_file()]
-        files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-        named = [path for path in files if path.parent != root]
-        self.classes = list(classes) if classes is not None else (folders if named else [])
-        index = {name.lower(): number for number, name in reversed(list(enumerate(self.classes)))}
+        files = _pictures_below(root)
+        folders = sorted({path.relative_to(root).parts[0] for path in files if path.parent != root})
+        self.classes = list(classes) if classes is not None else folders
+        index = {name: number for number, name in reversed(list(enumerate(self.classes)))}
+        if classes is not None:  # "Great_White_Shark" is "great white shark"
+            index |= {_plain(name): number for name, number in index.items() if _plain(name) not in index}
+            strange = [name for name in folders if name not in index and _plain(name) not in index]
+            if strange:
+                warnings.warn(
+                    f"{len(strange)} folders in {root} name no class of the model, so their labels are not known: {strange[:3]}",
+                    stacklevel=2,
+                )
 
         def label(path):
-            parts = path.relative_to(root).parts
-            return index.get(parts[0].lower(), -1) if len(parts) > 1 else -1
+            folder = path.relative_to(root).parts[0]
+            return index.get(folder, index.get(_plain(folder), -1)) if path.parent != root else -1
 
         self.size = size
         faults = self._check(files)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-MAX_PREFIX_TOKENS = 16  # class, distillation and register tokens that may precede the patch tokens
+USUAL_PREFIX_TOKENS, MAX_PREFIX_TOKENS = 5, 16  # class, distillation and register tokens in front of the patch tokens
 
 
 def resolve_layer(model: nn.Module, layer: str | int | nn.Module) -> tuple[str, nn.Module]:
@@ -32,6 +32,7 @@ def resolve_layer(model: nn.Module, layer: str | int | nn.Module) -> tuple[str, 
     """
     named = dict(list(model.named_modules())[1:])
     if isinstance(layer, str):
+        named |= dict(list(model.named_modules(remove_duplicate=False))[1:])  # a shared module answers to each of its names
         if layer in named:
             return layer, named[layer]
         close = difflib.get_close_matches(layer, named, n=5, cutoff=0.5) or list(dict(model.named_children()))
@@ -62,8 +63,9 @@ class Layout:
         """Read the layout off a feature shape and the (H, W) of the model's input.
 
         Of the two ways to read a 4-D shape, the one whose grid has the picture's aspect ratio is taken. Tokens are
-        patches of a square p x p; what exceeds the (H // p) x (W // p) grid stands in front of them. Raises ValueError
-        when there is no spatial extent.
+        patches of a square p x p; what exceeds the (H // p) x (W // p) grid stands in front of them; of several such
+        readings the one with up to 5 prefix tokens, then patches that tile the picture, is taken. Raises ValueError when
+        there is no spatial extent.
         """
         height, width = image_size
         if len(shape) == 4:
@@ -75,11 +77,16 @@ class Layout:
             if layout.grid != (1, 1):
                 return layout
         elif len(shape) == 3:
-            # patches that tile the picture exactly first, the finest first; then those that leave a margin
-            for patch in sorted(range(1, max(height, width) + 1), key=lambda p: (height % p + width % p > 0, p)):
+            fits = []
+            for patch in range(1, max(height, width) + 1):
                 h, w = height // patch, width // patch
-                if 1 < h * w <= shape[1] and shape[1] - h * w <= MAX_PREFIX_TOKENS:
-                    return cls("BTC", shape[2], (h, w), shape[1] - h * w)
+                prefix = shape[1] - h * w
+                if h * w > 1 and 0 <= prefix <= MAX_PREFIX_TOKENS:
+                    # a usual number of prefix tokens first, then patches that tile the picture, then few prefix tokens
+                    fits.append((prefix > USUAL_PREFIX_TOKENS, height % patch + width % patch > 0, prefix, (h, w)))
+            if fits:
+                *_, prefix, grid = min(fits)
+                return cls("BTC", shape[2], grid, prefix)
         raise ValueError(
             f"the layer has no spatial extent: it returns {tuple(shape)} for a {height}x{width} input; take one that returns "
             "(B, C, h, w), (B, h, w, C) or patch tokens (B, T, C), before pooling and flattening"
@@ -105,24 +112,27 @@ class Layout:
 Target = int | Sequence[int] | Tensor | Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]] | None
 
 
-def class_indices(logits: Tensor, target) -> Tensor:
+def class_indices(logits: Tensor, target, unknown: bool = False) -> Tensor:
     """One class index per image, (B,) int64, from None (predicted class), an int, or one class per image.
 
-    A negative class means "not known" and becomes the predicted one. Raises ValueError for a class out of range or a
-    wrong count.
+    unknown: let -1 mean "not known", and become the predicted class. Raises ValueError for a class out of range or a wrong
+    count, TypeError for anything but integers.
     """
     count, classes = logits.shape
     if target is None:
         return logits.argmax(1)
     index = torch.as_tensor(target, device=logits.device)
-    if index.is_floating_point() or index.dtype == torch.bool:
+    if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
         raise TypeError(f"target must hold class indices (integers), not {index.dtype}")
     if index.ndim == 0:
         index = index.expand(count)
     if index.shape != (count,):
-        raise ValueError(f"target has {index.numel()} classes for {count} images; give one class, or one per image")
-    if index.numel() and int(index.max()) >= classes:
-        raise ValueError(f"target class {int(index.max())} is out of range: the model has classes 0..{classes - 1}")
+        has = f"{index.numel()} classes" if index.ndim == 1 else f"shape {tuple(index.shape)}"
+        raise ValueError(f"target has {has} for {count} images; give one class, or a flat list with one per image")
+    lowest = -1 if unknown else 0
+    for extreme in (index.max(), index.min()) if index.numel() else ():
+        if not lowest <= int(extreme) < classes:
+            raise ValueError(f"target class {int(extreme)} is out of range: the model has classes 0..{classes - 1}")
     return torch.where(index < 0, logits.argmax(1), index.long())
 
 
@@ -133,7 +143,10 @@ def target_scores(logits: Tensor, target: Target = None) -> Tensor:
         functions = list(target) if many else [target] * len(logits)
         if len(functions) != len(logits):
             raise ValueError(f"target has {len(functions)} callables for {len(logits)} images; give one, or one per image")
-        return torch.stack([function(row).sum() for function, row in zip(functions, logits, strict=True)])
+        scores = [function(row) for function, row in zip(functions, logits, strict=True)]
+        if not all(isinstance(score, Tensor) and score.numel() == 1 for score in scores):
+            raise TypeError("target's callable must map an image's outputs (K,) to a scalar tensor, as `lambda row: row[3]`")
+        return torch.stack([score.reshape(()) for score in scores])
     return logits.gather(1, class_indices(logits, target)[:, None])[:, 0]
 
 
@@ -141,7 +154,9 @@ def _logits(output) -> Tensor:
     """Logits out of a tensor, a tuple, or an object with ``.logits`` (Inception, Hugging Face)."""
     output = getattr(output, "logits", output)
     output = output[0] if isinstance(output, (tuple, list)) else output
-    return output if output.ndim > 1 else output[:, None]  # a binary model with one output per image
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model returns {type(output).__name__}; wrap it so that it returns logits (B, K)")
+    return output if output.ndim > 1 else output.reshape(-1, 1)  # a binary model with one output per image
 
 
 @contextlib.contextmanager
@@ -180,6 +195,8 @@ class FeatureTap:
         self._running = False
 
     def __enter__(self) -> "FeatureTap":
+        if self._handle is not None:
+            raise RuntimeError("this FeatureTap is already open; make another for a second use")
         self._handle = self.layer.register_forward_hook(self._cut)
         return self
 
@@ -191,6 +208,8 @@ class FeatureTap:
         if not self._running:  # someone else runs the model while the tap is open
             return output
         tensor = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"layer {self.name!r} returns {type(tensor).__name__}; tap a layer that returns a tensor")
         # detach: nothing in front of the layer is recorded; clone: the layer's output may alias its input
         self._leaf = tensor.detach().clone().requires_grad_()
         torch.set_grad_enabled(True)  # record the tail only; __call__ restores the caller's mode
@@ -221,7 +240,7 @@ class FeatureTap:
     def features(self) -> Tensor:
         """The layer's output, detached, in the layer's own layout."""
         if self._leaf is None:
-            raise RuntimeError("nothing captured yet; call the tap on a batch of inputs first")
+            raise RuntimeError("nothing captured; call the tap on a batch of inputs, and read it inside the `with`")
         return self._leaf.detach()
 
     def gradient(self, target: Target = None) -> Tensor:
@@ -232,11 +251,14 @@ class FeatureTap:
         that does not depend on the layer at all (a side branch).
         """
         if self._leaf is None:
-            raise RuntimeError("nothing captured yet; call the tap on a batch of inputs first")
+            raise RuntimeError("nothing captured; call the tap on a batch of inputs, and read it inside the `with`")
         with torch.inference_mode(False), torch.enable_grad():
             score = target_scores(self.logits, target).sum()  # images are independent in eval mode: one backward for all
             if score.requires_grad:
                 (gradient,) = torch.autograd.grad(score, self._leaf, retain_graph=True, allow_unused=True)
                 if gradient is not None:
                     return gradient
-        raise ValueError(f"the score does not depend on layer {self.name!r}; tap a layer on the way to the output")
+        raise ValueError(
+            f"the score does not depend on layer {self.name!r}; "
+            "tap one on the way to the output, outside any no_grad of the model"
+        )

@@ -91,6 +91,8 @@ def removal_curves(
     means over dim 1 are the areas: low is good for deletion, high for insertion. By rank: ties in a seeded random order.
     """
     count, _, height, width = images.shape
+    if maps.shape != (count, height, width):
+        raise ValueError(f"maps have shape {tuple(maps.shape)}; for these images it must be {(count, height, width)}")
     if height % patch or width % patch:
         raise ValueError(f"patch {patch} does not divide the picture's {height}x{width}")
     coarse = F.avg_pool2d(maps[:, None].float(), patch)[:, 0]

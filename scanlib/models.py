@@ -124,7 +124,8 @@ def _torchvision_target(name: str, weights):
     if name not in names:
         close = difflib.get_close_matches(name, [*names, *SIGNS_MODELS], n=5) or list(SIGNS_MODELS)
         raise ValueError(f"model {name!r} is not known; close matches: {', '.join(close)}")
-    options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    # these two scale their input themselves, as their weights were trained; torchvision says so only when it loads them
+    options = {"init_weights": True, "transform_input": weights is not None} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, **options)
     known = torchvision.models.get_model_weights(name).DEFAULT
     transform = known.transforms()
@@ -153,10 +154,11 @@ def _downloaded(name: str, url: str) -> Path:
 
 def _load_weights(model: nn.Module, path, name: str) -> None:
     state = load_checkpoint(path)
-    state = state.get("state_dict", state)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is no state dict; it must map parameter names of {name} to tensors")
     try:
-        model.load_state_dict(state)
+        model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
     except RuntimeError as error:
         raise ValueError(f"{path} does not hold the weights of {name}: {str(error).splitlines()[1].strip()[:160]}") from error
 

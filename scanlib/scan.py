@@ -10,6 +10,7 @@ For features F at the layer and the class's gradient there, G = relu(dy_c / dF),
 P-th percentile of G's positive entries (Eq. 1). Its target is the picture blurred to the layer's grid.
 """
 
+import copy
 import math
 import os
 import warnings
@@ -25,7 +26,7 @@ from scanlib.cams import stretched
 from scanlib.checkpoint import load_checkpoint, save_checkpoint
 from scanlib.hooks import FeatureTap, Layout, class_indices, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, split_outputs
-from scanlib.trainer import Trainer
+from scanlib.trainer import Trainer, own_randomness, seeded_batches
 
 MASKS = ("gradient", "attribution", "position")
 
@@ -68,7 +69,7 @@ def blur_to_grid(images: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     for axis, cells in ((2, grid[0]), (3, grid[1])):
         sigma = images.shape[axis] / cells
-        radius = int(2 * sigma) // 2
+        radius = min(int(2 * sigma) // 2, images.shape[axis] - 1)  # reflection reaches no further
         if radius == 0:
             continue
         kernel = torch.exp(-torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype).square() / (2 * sigma**2))
@@ -142,7 +143,9 @@ class SCAN:
         self.layer_name, _ = resolve_layer(target_model, target_layer)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = target_model.to(self.device).eval()
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(map(int, image_size))
+        if len(self.image_size) != 2 or min(self.image_size) < 2:
+            raise ValueError(f"image_size {image_size} is no size; give (height, width) in pixels, as (224, 224)")
         self.use_gradient_mask, self.mask_by, self.num_classes = use_gradient_mask, mask_by, num_classes
         self.decoder = decoder_model.to(self.device) if decoder_model is not None else None
         self.preprocess: Callable[[Tensor], Tensor] = lambda images: images
@@ -151,9 +154,10 @@ class SCAN:
         self.criterion = self.optimizer = self.scheduler = self.trainer = None
         self.metrics: list = []
         self._layout: Layout | None = None
+        self._own_size: tuple[int, int] | None = None
         self._decoder_config: dict | None = None
         self._warned: set[str] = set()
-        self.trained = False
+        self._trained = decoder_model is not None
 
     # --- set-up ---
 
@@ -171,7 +175,9 @@ class SCAN:
         if use_augmentation is True:
             use_augmentation = (70, 100)
         if use_augmentation is not False:
-            low, high = (_checked_percentile(end) for end in use_augmentation)
+            if not isinstance(use_augmentation, (tuple, list)) or len(use_augmentation) != 2:
+                raise ValueError(f"use_augmentation {use_augmentation} is no range; give (low, high), as (70, 100), or False")
+            low, high = map(_checked_percentile, use_augmentation)
             if low > high:
                 raise ValueError(f"use_augmentation {use_augmentation} runs backwards; give (low, high), as (70, 100)")
         self.dataset, self.use_augmentation = dataloader, use_augmentation
@@ -208,18 +214,21 @@ class SCAN:
         }
         if transformer:
             config["prefix"] = layout.prefix
-        self._build(config)
-        self.trained = False
+        self._adopt(self._built(config), config)
+        self._trained = False
         return self
 
-    def _build(self, config: dict) -> None:
+    def _adopt(self, decoder: nn.Module, config: dict | None) -> None:
+        self.decoder, self._decoder_config = decoder, config
+        self.optimizer = self.trainer = None
+
+    def _built(self, config: dict) -> nn.Module:
         arguments = {name: value for name, value in config.items() if name != "decoder"}
         kind = {"ConvolutionalDecoder": decoders.ConvolutionalDecoder, "TransformerDecoder": decoders.TransformerDecoder}[
             config["decoder"]
         ]
-        self.decoder = kind(**arguments).to(self.device, memory_format=torch.channels_last)
-        self._decoder_config = config
-        self.optimizer = self.trainer = None
+        with torch.inference_mode(False):  # parameters made in inference mode could never be trained
+            return kind(**arguments).to(self.device, memory_format=torch.channels_last)
 
     def compile(
         self,
@@ -243,7 +252,10 @@ class SCAN:
         self.optimizer = optimizer_class(self.decoder.parameters(), lr=learning_rate)
         self.scheduler = scheduler_class(self.optimizer, **(scheduler_kwargs or {})) if scheduler_class else None
         self.metrics = [metric() for metric in (metrics if metrics is not None else (ConfidentMAE, NonConfidentMAE))]
-        self._scheduler_interval = scheduler_interval
+        self._scheduler_interval, self._schedule = scheduler_interval, {}
+        if scheduler_class:
+            plain = {name: value for name, value in (scheduler_kwargs or {}).items() if isinstance(value, (int, float, str))}
+            self._schedule = {"scheduler": scheduler_class.__name__, "scheduler_interval": scheduler_interval} | plain
         self.trainer = None
         return self
 
@@ -284,20 +296,38 @@ class SCAN:
                 device=self.device,
             )
         trainer = self.trainer
-        trainer.checkpoint, trainer.seed, trainer.amp, trainer.on_step = checkpoint, seed, amp, on_step
-        trainer.config = {**self._identity(), "decoder": self._decoder_config, "alpha": self.criterion.alpha} | {
+        trainer.checkpoint, trainer.seed, trainer.amp = checkpoint, seed, amp
+        trainer.on_step = on_step
+        with torch.inference_mode(False), torch.enable_grad():
+            training, left = self._prepared(self.dataset, epochs, cache, cache_budget, verbose)
+            validation = None
+            if self.valid_dataset is not None:
+                validation, _ = self._prepared(self.valid_dataset, epochs, cache, left, verbose)
+            trainer.config = self._run_config(training)
+            try:
+                history = trainer.fit(training, epochs, validation, verbose)
+            finally:  # even when interrupted: what was learnt so far can be looked at
+                self._trained = self._trained or trainer.epoch + trainer.step > 0
+                self.decoder.eval()
+        return {"loss": [], "val_loss": []} | history
+
+    def _run_config(self, training) -> dict:
+        """What must agree for a killed run to be resumed, in plain values."""
+        try:
+            batches = len(training)
+        except (TypeError, NotImplementedError):
+            batches = None
+        return {**self._identity(), "weights": _fingerprint(self.model), "decoder": self._decoder_config} | {
             "percentiles": list(self.use_augmentation) if self.use_augmentation else False,
+            "alpha": self.criterion.alpha,
             "optimizer": type(self.optimizer).__name__,
             "learning_rate": self.optimizer.defaults["lr"],
+            "metrics": [type(metric).__name__ for metric in self.metrics],
+            "batches": batches,
+            "cached": isinstance(training, FeatureCache),
+            "amp": self.trainer.amp,
+            **self._schedule,
         }
-        training = self._prepared(self.dataset, epochs, cache, cache_budget, verbose, shuffle=True)
-        validation = None
-        if self.valid_dataset is not None:
-            validation = self._prepared(self.valid_dataset, epochs, cache, cache_budget, verbose, shuffle=False)
-        self.trained = True  # even when interrupted: what was learnt so far can be looked at
-        history = trainer.fit(training, epochs, validation, verbose)
-        self.decoder.eval()
-        return {"loss": [], "val_loss": []} | history
 
     def _decode_step(self, batch, training):
         features, scores, target = batch
@@ -310,48 +340,68 @@ class SCAN:
 
     def _encode_batch(self, batch) -> tuple[Tensor, Tensor, Tensor]:
         """A loader's batch -> features, mask scores, and the blurred picture at the decoder's resolution in [-1, 1]."""
+        if isinstance(batch, dict):
+            raise TypeError(
+                f"the loader gives dictionaries ({', '.join(map(str, batch))}); give (images, labels), or images alone"
+            )
         images, labels = (batch[0], batch[1]) if isinstance(batch, (tuple, list)) else (batch, None)
         images = self._images(images)
-        features, scores = self.extract(images, labels)
-        return features, scores, self.target_image(images)
+        return *self._extract(images, labels, unknown=True), self._target(images)
 
     def target_image(self, images: Tensor) -> Tensor:
         """What the decoder shall rebuild: images (N, 3, H, W) in [0, 255] -> blurred to the grid, at its size, in [-1, 1]."""
-        blurred = blur_to_grid(self._images(images), self.layout.grid) / 127.5 - 1
+        return self._target(self._images(images))
+
+    def _target(self, images: Tensor) -> Tensor:
+        blurred = blur_to_grid(images, self.layout.grid) / 127.5 - 1
         return F.interpolate(blurred, size=self._decoded_size(), mode="bilinear", align_corners=False)
 
     def _decoded_size(self) -> tuple[int, int]:
-        if self._decoder_config is None:  # a decoder of the user's own: ask it
-            features, scores = self.extract(torch.zeros(1, 3, *self.image_size, device=self.device))
-            return tuple(self._decode(self._masked(features, scores, 0.0)).shape[-2:])
+        if self._decoder_config is None:  # a decoder of the user's own: ask it, once
+            if self._own_size is None:
+                layout, training = self.layout, self.decoder.training
+                with torch.no_grad():
+                    outputs = self.decoder.eval()(torch.zeros(1, layout.channels, *layout.grid, device=self.device))
+                self.decoder.train(training)
+                if outputs.ndim != 4 or outputs.shape[1] != 4:
+                    raise ValueError(f"decoder_model returns {tuple(outputs.shape)} for one picture; it must return (N, 4, h, w)")
+                self._own_size = tuple(outputs.shape[-2:])
+            return self._own_size
         _, doublings = decoders.decoder_levels(self.layout.grid, self.image_size, self._decoder_config["output_stride"])
         return tuple(cells * 2**doublings for cells in self.layout.grid)
 
-    def _prepared(self, loader, epochs, cache, budget, verbose, shuffle):
-        """The loader with its batches encoded: from memory where that fits, else as they come."""
+    def _prepared(self, loader, epochs, cache, budget, verbose) -> tuple[Iterable, float]:
+        """The loader with its batches encoded, from memory where that fits, else as they come; and what is left of the budget."""
         if cache not in (True, False, "auto"):
             raise ValueError(f"cache {cache!r} is not known; take True, False or 'auto'")
         if cache == "auto":
-            cache = epochs > 1 and self._fits(loader, budget) and _repeats(loader)
+            cache = epochs > 1 and self._cache_size(loader) <= budget and _repeats(loader)
         if not cache:
-            return _Encoded(loader, self._encode_batch)
+            return _Encoded(loader, self._encode_batch), budget
         from tqdm.auto import tqdm
 
-        batches = [self._encode_batch(batch) for batch in tqdm(loader, desc="features", disable=not verbose, leave=False)]
-        if not batches:
+        with own_randomness(self.device):  # the order in memory is a function of the seed, as every other draw
+            batches = seeded_batches(loader, self.trainer.seed, 0)
+            total = len(loader) if hasattr(loader, "__len__") and not _is_stream(loader) else None
+            parts = [self._encode_batch(batch) for batch in tqdm(batches, "features", total, disable=not verbose, leave=False)]
+        if not parts:
             raise ValueError("the loader is empty; give it at least one batch (with drop_last, at least batch_size pictures)")
-        size = len(batches[0][0])
-        ordered = isinstance(getattr(loader, "sampler", None), torch.utils.data.SequentialSampler)
-        return FeatureCache([torch.cat(parts) for parts in zip(*batches, strict=True)], size, shuffle and not ordered)
+        size, tensors = len(parts[0][0]), []
+        for column in range(3):  # one after the other, each part let go, so that only one tensor is held twice at a time
+            tensors.append(torch.cat([part[column] for part in parts]))
+            parts = [(*part[:column], None, *part[column + 1 :]) for part in parts]
+        shuffled = isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler)
+        return FeatureCache(tensors, size, shuffled), budget - sum(tensor.nbytes for tensor in tensors)
 
-    def _fits(self, loader, budget) -> bool:
+    def _cache_size(self, loader) -> float:
+        """Bytes that the loader's pictures take when encoded; infinite where it does not tell how many there are."""
         try:
             count = len(loader.dataset)
-        except (AttributeError, TypeError):
-            return False
+        except (AttributeError, TypeError, NotImplementedError):
+            return math.inf
         layout = self.layout
         entries = layout.channels * (layout.grid[0] * layout.grid[1] + layout.prefix) * (2 if self.use_gradient_mask else 1)
-        return 4 * count * (entries + 3 * math.prod(self._decoded_size())) <= budget
+        return 4 * count * (entries + 3 * math.prod(self._decoded_size()))
 
     # --- explaining ---
 
@@ -363,8 +413,7 @@ class SCAN:
         class_idx: a class, one per image, or None for the predicted one. percentile: share of the positive gradient entries
         that is masked away, 0..100; high values leave the strongest evidence only.
         """
-        images = self._images(image)
-        features, scores = self.extract(images, class_idx)
+        features, scores = self.extract(image, class_idx)
         confidence, reconstruction = self.decode(features, scores, percentile)
         if image.ndim == 3:
             confidence, reconstruction = confidence[0], reconstruction[0]
@@ -377,31 +426,37 @@ class SCAN:
         map to [0, 1]; False gives the confidence as it is, at the decoder's resolution.
         """
         with torch.no_grad():
-            outputs = self._decode(self._masked(*self.extract(self._images(images), target), _checked_percentile(percentile)))
+            outputs = self._decode(self._masked(*self.extract(images, target), _checked_percentile(percentile)))
             confidence, _ = split_outputs(outputs)
             maps = stretched(confidence[:, 0], images.shape[-2:]) if normalize else confidence[:, 0]
         return maps.to(images.device)
 
     def extract(self, images: Tensor, target=None) -> tuple[Tensor, Tensor]:
-        """Features and mask scores of images (N, 3, H, W), as the decoder takes them: (N, C, h, w), or tokens (N, T, C).
+        """Features and mask scores of images (N, 3, H, W), as the decoder takes them: (N, C, h, w), or tokens (N, T, C); float32.
 
         With them, ``decode`` at any percentile needs no further run of the model. Without a gradient mask the scores are ones.
         """
-        images = self._images(images)
+        return self._extract(self._images(images), target)
+
+    def _extract(self, images: Tensor, target, unknown: bool = False) -> tuple[Tensor, Tensor]:
+        """``extract`` of checked images; unknown: let class -1 mean the predicted one, as for training labels."""
         with FeatureTap(self.model, self.layer_name) as tap:
             logits = tap(self.preprocess(images))
             self._layout = tap.layout
-            features = self._arranged(tap.features)
+            if not (callable(target) or _callables(target)):
+                target = class_indices(logits, target, unknown)
+            features = self._arranged(tap.features).float()
             if not self.use_gradient_mask:
                 return features, features.new_ones(len(features), *[1] * (features.ndim - 1))
-            known = target if target is None or callable(target) or _callables(target) else class_indices(logits, target)
-            gradient = self._arranged(tap.gradient(known))
+            gradient = self._arranged(tap.gradient(target)).float()
         scores = mask_scores(features, gradient, self.mask_by, channel_dim=-1 if self._is_tokens else 1)
         patches = scores[:, tap.layout.prefix :] if self._is_tokens else scores
-        if not bool((patches > 0).any()):
+        empty = int((patches.flatten(1) <= 0).all(1).sum())
+        if empty:
             self._warn(
-                f"no positive gradient at any place of layer {self.layer_name!r}: nothing is masked and the map says nothing of "
-                "the class; take an earlier layer (for a vision transformer the last block's first LayerNorm)"
+                "nothing positive",
+                f"{empty} of {len(images)} images have no positive {self.mask_by} at any place of layer {self.layer_name!r}, so "
+                "their maps say nothing of the class; take an earlier layer (for a vision transformer the last block's ln_1)",
             )
         return features, scores
 
@@ -418,7 +473,7 @@ class SCAN:
 
     def _decode(self, masked: Tensor) -> Tensor:
         self._need_decoder("generate_decoder() and fit(), or load_decoder(path)")
-        if not self.trained and self._decoder_config is not None:
+        if not self._trained:
             raise RuntimeError("the decoder is not trained yet; call fit(), or load_decoder(path)")
         self.decoder.eval()
         return self.decoder(masked).float()
@@ -431,8 +486,12 @@ class SCAN:
     def save_decoder(self, path: str | os.PathLike, *, half: bool = False, notes: dict | None = None) -> None:
         """Write the decoder: a state dict and what it belongs to. half: 16-bit weights. notes: plain values to keep with it."""
         self._need_decoder("generate_decoder() and fit()")
-        if not self.trained:
+        if not self._trained:
             raise RuntimeError("the decoder is not trained yet; call fit() before save_decoder(path)")
+        if not all(bool(torch.isfinite(value).all()) for value in self.decoder.state_dict().values()):
+            raise ValueError(
+                "the decoder's weights are not finite, so it was not saved; train a new one with a smaller learning rate"
+            )
         state = {key: value.detach().cpu() for key, value in self.decoder.state_dict().items()}
         if half:
             state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
@@ -445,29 +504,31 @@ class SCAN:
         Raises FileNotFoundError, and ValueError when the file is damaged, holds code, or belongs to another layer or model.
         """
         saved = load_checkpoint(path, ("identity", "weights", "config", "state_dict"))
-        ours = self._identity()
-        for name, value in ours.items():
-            if saved["identity"].get(name) != value:
+        fits = isinstance(saved["identity"], dict)
+        for name, value in self._identity().items():
+            if fits and saved["identity"].get(name) != value:
                 raise ValueError(
                     f"{path} was trained for {name} = {saved['identity'].get(name)}, this scanner has {value}; "
                     "build the scanner as it was when the decoder was saved, or train a new decoder"
                 )
-        if saved["weights"] != _fingerprint(self.model):
-            self._warn(
-                f"{path} was trained for other weights of the same architecture; its maps may mislead, train a decoder for these"
-            )
+        config, layout = saved["config"], self.layout
+        if config is None and self.decoder is None:
+            raise ValueError(f"{path} holds a decoder of one's own making; pass that module as decoder_model first")
         try:
-            if saved["config"] is not None:
-                self._build(saved["config"])
-            elif self.decoder is None:
-                raise ValueError(f"{path} holds a decoder of one's own making; pass that module as decoder_model first")
+            if config is not None and (config["in_channels"], config["grid"]) != (layout.channels, list(layout.grid)):
+                fits = False
+            decoder = copy.deepcopy(self.decoder) if config is None else self._built(config) if fits else None
+            decoder.load_state_dict(saved["state_dict"])
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, ArithmeticError) as error:
+            raise ValueError(f"{path} holds a decoder that does not fit its own description; train a new one") from error
+        if saved["weights"] != _fingerprint(self.model):
+            what = "was trained for other weights of the same architecture; its maps may mislead, train a decoder for these"
+            self._warn("weights", f"{path} {what}")
+        if config is None:
             self.decoder.load_state_dict(saved["state_dict"])
-        except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} holds a decoder that does not fit its own description ({type(error).__name__}); train a new one"
-            ) from error
-        self.decoder.eval()
-        self.trained = True
+            decoder = self.decoder
+        self._adopt(decoder.eval(), config)  # only now: a bad file leaves the scanner as it was
+        self._trained = True
         return saved.get("notes", {})
 
     def _identity(self) -> dict:
@@ -507,15 +568,17 @@ class SCAN:
         if not isinstance(images, Tensor) or images.ndim not in (3, 4) or images.shape[-3] != 3:
             shape = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
             raise ValueError(f"image must be a tensor (3, H, W) or (N, 3, H, W) in [0, 255], not {shape}")
+        integers = not images.is_floating_point()
         images = (images if images.ndim == 4 else images[None]).to(self.device, torch.float32)
         if images.numel():
             low, high = images.aminmax()
             if not bool(torch.isfinite(low) & torch.isfinite(high)):
                 raise ValueError("image holds NaN or infinite values; expected finite pixels in [0, 255]")
-            if 0 < float(high) <= 1 and float(low) >= 0:
-                self._warn(
-                    f"image values lie in [{float(low):.2g}, {float(high):.2g}], but [0, 255] is expected; multiply by 255"
-                )
+            span = f"image values lie in [{float(low):.2g}, {float(high):.2g}], but [0, 255] is expected"
+            if 0 < float(high) <= 1 and float(low) >= 0 and not integers:
+                self._warn("range", f"{span}; multiply by 255")
+            elif float(low) < 0 or float(high) > 256:
+                self._warn("range", f"{span}, before normalising")
         if tuple(images.shape[-2:]) != self.image_size:
             images = F.interpolate(images, size=self.image_size, mode="bilinear", align_corners=False, antialias=True)
         return images
@@ -524,9 +587,9 @@ class SCAN:
         if self.decoder is None:
             raise RuntimeError(f"there is no decoder yet; call {how}")
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+    def _warn(self, topic: str, message: str) -> None:
+        if topic not in self._warned:  # once a scanner, not once a batch
+            self._warned.add(topic)
             warnings.warn(message, stacklevel=3)
 
 
@@ -535,8 +598,8 @@ def _callables(target) -> bool:
 
 
 def _checked_percentile(percentile: float) -> float:
-    if not 0 <= percentile <= 100:
-        raise ValueError(f"percentile {percentile} is out of range; give 0..100")
+    if not isinstance(percentile, (int, float)) or not 0 <= percentile <= 100:
+        raise ValueError(f"percentile {percentile!r} is out of range; give a number in 0..100")
     return float(percentile)
 
 
@@ -547,13 +610,25 @@ def _fingerprint(model: nn.Module) -> int:
     return zlib.crc32(" ".join(f"{value:.5g}" for value in values).encode())
 
 
+def _is_stream(loader) -> bool:
+    return isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset)
+
+
 def _repeats(loader) -> bool:
-    """Do the pictures come the same each time? Reads a few twice, since random augmentation must not be frozen in a cache."""
-    dataset = loader.dataset
-    if not hasattr(dataset, "__getitem__"):
+    """Does each epoch hold the same pictures? A cache must freeze no augmentation and no drawing of samples.
+
+    Only a plain loader qualifies: default collate, every picture once an epoch. A few pictures are read twice to see whether
+    they come the same each time; rare random changes may slip through, and want cache=False.
+    """
+    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    data = torch.utils.data
+    plain = type(batch_sampler) is data.BatchSampler and not loader.drop_last and loader.collate_fn is data.default_collate
+    once = type(sampler) is data.SequentialSampler or (type(sampler) is data.RandomSampler and not sampler.replacement)
+    if not (plain and once and sampler is batch_sampler.sampler and len(sampler) == len(loader.dataset)):
         return False
-    for index in range(min(8, len(dataset))):
-        first, second = ((item[0] if isinstance(item, (tuple, list)) else item) for item in (dataset[index], dataset[index]))
-        if not torch.equal(torch.as_tensor(first), torch.as_tensor(second)):
+    for index in range(min(16, len(loader.dataset))):
+        items = loader.dataset[index], loader.dataset[index]
+        first, second = (item[0] if isinstance(item, (tuple, list)) else item for item in items)
+        if not isinstance(first, Tensor) or not torch.equal(first, second):
             return False
     return True

@@ -2,7 +2,8 @@
 
 It shows progress, validates, and can be killed at any moment: a run that is started again from its checkpoint ends with the same
 weights, bit for bit on the CPU. That holds because everything random is a function of (seed, epoch, step): the generators
-are seeded anew before each batch is drawn, and the caller's own random state is left alone.
+are seeded anew before each batch is drawn, and the caller's own random state is left alone. (torch's, numpy's and Python's
+generators; a data set with one of its own has to see to itself.)
 
     trainer = Trainer(model, step, torch.optim.Adam(model.parameters()), checkpoint="run.pt")
     history = trainer.fit(loader, epochs=2, validation=other)       # {"loss": [...], "val_loss": [...], ...}
@@ -10,6 +11,7 @@ are seeded anew before each batch is drawn, and the caller's own random state is
 where ``step(batch, training) -> (loss, outputs, target)`` is the one thing a task has to say.
 """
 
+import contextlib
 import copy
 import inspect
 import math
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +61,44 @@ def _key(seed: int, epoch: int, step: int) -> int:
     return random.Random(f"{seed} {epoch} {step}").getrandbits(63)
 
 
+@contextlib.contextmanager
+def own_randomness(device: torch.device):
+    """Inside, draw freely: the caller's torch, numpy and Python generators are as before afterwards."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _seed(key: int) -> None:
+    torch.manual_seed(key)
+    random.seed(key)
+    np.random.seed(key % 2**32)
+
+
+def seeded_batches(loader: Iterable, seed: int, epoch: int):
+    """The batches of one epoch, every draw a function of (seed, epoch, step). To be used inside ``own_randomness``."""
+    _seed(_key(seed, epoch, 0))
+    holders = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
+    for holder in [*holders, getattr(holders[2], "sampler", None)]:
+        if isinstance(getattr(holder, "generator", None), torch.Generator):
+            holder.generator.manual_seed(_key(seed, epoch, 0))
+        if hasattr(holder, "set_epoch"):
+            holder.set_epoch(epoch)
+    batches, step = iter(loader), 0
+    while True:
+        _seed(_key(seed, epoch, step))
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        yield batch
+        step += 1
+
+
 class Trainer:
     """Trains ``model`` with ``step(batch, training) -> (loss, outputs, target)``.
 
@@ -94,6 +135,7 @@ class Trainer:
         self.scheduler_interval, self.metrics, self.device = scheduler_interval, list(metrics), torch.device(device)
         self.checkpoint, self.config, self.seed = checkpoint, dict(config or {}), seed
         self.amp, self.save_every, self.on_step = amp, save_every, on_step
+        self._start: int | None = None  # the epoch at which an unfinished fit began
         self.epoch = self.step = 0  # finished epochs; finished steps of the current one
         self.loss = math.nan
         self.history: dict[str, list[float]] = {}
@@ -104,38 +146,48 @@ class Trainer:
     def fit(
         self, loader: Iterable, epochs: int, validation: Iterable | None = None, verbose: bool = True
     ) -> dict[str, list[float]]:
-        """Train for ``epochs`` more epochs; with a checkpoint on disk, only for what is left of them.
+        """Train for ``epochs`` more epochs; after an interruption, or with a checkpoint on disk, only for what is left of them.
 
-        Returns the history: a list with one value an epoch for "loss" and each metric, and "val_" of both with ``validation``.
+        Returns this fit's history: one value an epoch for "loss" and each metric, and "val_" of both with ``validation``.
         Raises ValueError for an empty loader or a checkpoint of another run, FloatingPointError for a loss that is not finite.
         """
-        goal = self.epoch + epochs
-        self._resume()
-        while self.epoch < goal:
-            self._train_epoch(loader, goal, verbose)
-            validated = self._validate(validation) if validation is not None else None
-            self._finish_epoch(validated)
-            self._save()
-            if verbose:
-                latest = "  ".join(f"{name} {values[-1]:.4f}" for name, values in self.history.items())
-                print(f"epoch {self.epoch}/{goal}: {latest}")
-        return self.history
+        if epochs != int(epochs) or epochs < 1:
+            raise ValueError(f"epochs {epochs} is no number of epochs; give 1 or more")
+        if self._start is None:  # else: the last call was interrupted, and this one goes on from there
+            self._start = self.epoch
+        goal = self._start + int(epochs)
+        try:
+            self._resume()
+            while self.epoch < goal:
+                self._train_epoch(loader, goal, verbose)
+                validated = self._validate(validation) if validation is not None else None
+                self._finish_epoch(validated)
+                self._save()
+                if verbose:
+                    latest = "  ".join(f"{name} {values[-1]:.4f}" for name, values in self.history.items())
+                    print(f"epoch {self.epoch}/{goal}: {latest}")
+        except Exception:  # an error, not an interruption: there is nothing to go on with
+            self._start = None
+            raise
+        begun, self._start = self._start, None
+        return {name: values[begun:] for name, values in self.history.items()}
 
     def _train_epoch(self, loader, goal, verbose):
         from tqdm.auto import tqdm
 
-        total = len(loader) if hasattr(loader, "__len__") else None
+        try:
+            total = len(loader)
+        except (TypeError, NotImplementedError):  # a stream has no length
+            total = None
         bar = tqdm(total=total, desc=f"epoch {self.epoch + 1}/{goal}", disable=not verbose, leave=False)
         saved, count = time.monotonic(), 0
-        self.model.train()
-        with bar, self._own_randomness():
-            for count, batch in enumerate(self._seeded(loader), 1):
+        with bar, own_randomness(self.device):
+            for count, batch in enumerate(seeded_batches(loader, self.seed, self.epoch), 1):
                 if count > self.step:  # else: done before the run was killed
                     self._train_step(batch)
                     bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
                     if self.on_step is not None:
                         self.on_step(self)
-                        self.model.train()
                     if time.monotonic() - saved > self.save_every:
                         self._save()
                         saved = time.monotonic()
@@ -144,14 +196,16 @@ class Trainer:
             raise ValueError("the loader is empty; give it at least one batch (with drop_last, at least batch_size pictures)")
 
     def _train_step(self, batch):
+        self.model.train()  # whatever on_step or the step of another task left it in
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             loss, outputs, target = self.one_step(batch, True)
         self.loss = float(loss.detach())
         if not math.isfinite(self.loss):
+            rate = self.optimizer.param_groups[0]["lr"]
             raise FloatingPointError(
                 f"the loss became {self.loss} in epoch {self.epoch + 1}, step {self.step + 1}; "
-                "try a smaller learning rate, or amp=False"
+                f"start from new weights with a learning rate below {rate:.1g}, or without amp"
             )
         loss.backward()
         self.optimizer.step()
@@ -167,11 +221,16 @@ class Trainer:
         sums, metrics = [0.0, 0], copy.deepcopy(self.metrics)
         for metric in metrics:
             metric.reset()
-        with self._own_randomness():
-            for batch in self._seeded(loader):
+        with own_randomness(self.device):
+            for batch in seeded_batches(loader, self.seed, self.epoch):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                     loss, outputs, target = self.one_step(batch, False)
                 self._tally(sums, metrics, outputs, target, float(loss))
+        if sums[1] and not math.isfinite(sums[0]):
+            value, epoch = sums[0] / sums[1], self.epoch + 1
+            raise FloatingPointError(
+                f"the validation loss became {value} in epoch {epoch}; start from new weights with a smaller learning rate"
+            )
         if not sums[1]:
             raise ValueError("the validation loader is empty; give it at least one batch, or leave it out")
         return sums, metrics
@@ -202,29 +261,6 @@ class Trainer:
         losses = self.history.get("val_loss") or self.history.get("loss") or [self.loss]
         self.scheduler.step(losses[-1]) if wants_value else self.scheduler.step()
 
-    # --- randomness: a function of (seed, epoch, step) ---
-
-    def _own_randomness(self):
-        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
-
-    def _seeded(self, loader):
-        """Batches of one epoch, every draw seeded by where it happens."""
-        torch.manual_seed(_key(self.seed, self.epoch, 0))
-        for holder in (loader, getattr(loader, "sampler", None)):
-            if isinstance(getattr(holder, "generator", None), torch.Generator):
-                holder.generator.manual_seed(_key(self.seed, self.epoch, 0))
-            if hasattr(holder, "set_epoch"):
-                holder.set_epoch(self.epoch)
-        batches, step = iter(loader), 0
-        while True:
-            torch.manual_seed(_key(self.seed, self.epoch, step))
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            yield batch
-            step += 1
-
     # --- stop and go ---
 
     def _save(self):
@@ -248,6 +284,14 @@ class Trainer:
         saved = load_checkpoint(
             self.checkpoint, ("config", "progress", "metrics", "model", "optimizer", "scheduler"), self.device
         )
+        try:
+            self._load(saved)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.checkpoint} is no checkpoint of this kind of run ({type(error).__name__}); delete it"
+            ) from error
+
+    def _load(self, saved: dict):
         ours = {**self.config, "seed": self.seed}
         theirs = {**saved["config"], "seed": saved["progress"]["seed"]}
         for name in {**ours, **theirs}:

@@ -62,6 +62,12 @@ def test_signs_as_data(tmp_path):
             "train --model signs_cnn --layer layr4 --data signs --scenes 10 --out d.pt",
             "target_layer 'layr4' not found; close matches: layer4",
         ),
+        ("train --model signs_cnn --data signs --out tests", "--out tests is a folder; give the file to write, as tests"),
+        ("train --model signs_cnn --data signs --out d.pt --validation 1", "--validation 1.0 is no share"),
+        (
+            "train --model signs_cnn --data signs --out d.pt --epochs 0",
+            "--epochs 0, --learning-rate 0.008: both must be positive",
+        ),
         ("explain a.png --decoder none.pt", "scanlib explain: no checkpoint at none.pt"),
     ],
 )
@@ -69,6 +75,27 @@ def test_bad_arguments_end_with_one_line(arguments, message):
     with pytest.raises(SystemExit) as raised:
         main(arguments.split())
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_options_arrive(tmp_path):
+    options = "--alpha 9 --percentiles 80 90 --widths 16 16 --output-stride 4 --upsampling bilinear --mask-by attribution"
+    with pytest.raises(SystemExit, match="the loss became nan|inf"):  # stopped: the run's checkpoint tells what was set
+        main(f"train --model signs_cnn --data signs --scenes 40 --out {tmp_path / 'd.pt'} --learning-rate 1e30 {options}".split())
+    main(f"train --model signs_cnn --data signs --scenes 40 --out {tmp_path / 'd.pt'} --epochs 1 {options}".split())
+    saved = torch.load(tmp_path / "d.pt", weights_only=True)
+    assert saved["config"]["ch_per_lv"] == [16, 16] and saved["config"]["output_stride"] == 4
+    assert saved["config"]["upsampling"] == "bilinear" and saved["identity"]["mask_by"] == "attribution"
+
+
+def test_signs_labels_mean_nothing_to_another_model(tmp_path, monkeypatch):
+    import scanlib.scan
+
+    seen = []
+    real = scanlib.scan.class_indices
+    monkeypatch.setattr(scanlib.scan, "class_indices", lambda logits, t, u=False: seen.append(t) or real(logits, t, u))
+    options = "--weights none --image-size 64 --scenes 4 --batch-size 2 --epochs 1 --validation 0 --widths 8 8 8 8"
+    main(f"train --model resnet18 --data signs --out {tmp_path / 'd.pt'} {options}".split())
+    assert all(target.eq(-1).all() for target in seen if target is not None)
 
 
 def test_bad_class_and_picture(folder, tmp_path):

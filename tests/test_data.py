@@ -138,7 +138,8 @@ def test_class_folders(tmp_path):
 def test_labels_follow_the_models_classes(tmp_path):
     for name in ("Tabby", "tench", "nobody"):
         save(tmp_path / name / "1.jpg")
-    folder = PhotoFolder(tmp_path, 16, classes=["tench", "goldfish", "tabby"])
+    with pytest.warns(UserWarning, match=r"1 folders .* name no class of the model, so their labels are not known: \['nobody'\]"):
+        folder = PhotoFolder(tmp_path, 16, classes=["tench", "goldfish", "tabby"])
     assert {path.parent.name: label for path, label in zip(folder.files, folder.labels, strict=True)} == {
         "Tabby": 2,
         "tench": 0,
@@ -181,3 +182,33 @@ def test_folders_with_nothing_to_read(tmp_path):
         PhotoFolder(tmp_path / "missing")
     with pytest.raises(ValueError, match="no readable picture in"):
         PhotoFolder(tmp_path)
+
+
+def test_folders_are_numbered_if_they_hold_pictures_and_links_are_followed(tmp_path):
+    root = tmp_path / "root"
+    save(root / "cat" / "1.JPG")
+    (root / "aa_empty").mkdir()
+    save(tmp_path / "elsewhere" / "2.png")
+    (root / "dog").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (root / "cat" / "loop").symlink_to(root, target_is_directory=True)
+    (root / "cat" / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
+    with pytest.warns(UserWarning, match="1 of 3 pictures .* dangling.jpg"):
+        folder = PhotoFolder(root, 8)
+    assert folder.classes == ["cat", "dog"] and folder.labels == [0, 1]
+    save(tmp_path / "named" / "Great_White_Shark" / "1.png")
+    assert PhotoFolder(tmp_path / "named", 8, classes=["tench", "great white shark"]).labels == [1]
+
+
+def test_deep_pictures_keep_their_greys_and_cropping_keeps_the_aspect(tmp_path):
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    torch.testing.assert_close(read_image(tmp_path / "deep.png")[0], torch.tensor(ramp / 257).float(), rtol=0, atol=1)
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 255  # the middle third, a square
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert read_image(tmp_path / "wide.png", 10).mean() > 240
+
+
+def test_every_cheat_is_drawn_even_in_the_smallest_scenes():
+    for i in range(10):
+        assert not torch.equal(Signs(10, size=16)[i][0], Signs(10, size=16, shortcut=1.0)[i][0])

@@ -56,6 +56,22 @@ def test_prefix_tokens_inform_but_are_not_drawn():
     assert not torch.allclose(decoder(tokens), decoder(changed))
 
 
+def test_prefix_stands_in_front():
+    torch.manual_seed(0)
+    decoder = TransformerDecoder(16, (4, 4), (32, 32), prefix=2, depth=1).eval()
+    decoder.blocks = torch.nn.Identity()
+    tokens = torch.randn(1, 18, 16)
+    changed = tokens.clone()
+    changed[:, :2] = 9
+    assert torch.equal(decoder(tokens), decoder(changed))
+
+
+def test_a_level_skips_its_blocks():
+    decoder = ConvolutionalDecoder(16, (4, 4), (16, 16))
+    level, x = decoder.up[0].eval(), torch.randn(1, 32, 4, 4)
+    torch.testing.assert_close(level(x), level.up(x + level.blocks(x)))
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="output_stride 3 does not fit this layer; take one of 1, 2, 4, 8"):
         ConvolutionalDecoder(8, (8, 8), (64, 64), output_stride=3)

@@ -145,8 +145,14 @@ def test_bad_targets(tiny, images):
         tap(images)
         with pytest.raises(ValueError, match=r"class 5 is out of range: the model has classes 0\.\.4"):
             tap.gradient(5)
+        with pytest.raises(ValueError, match=r"class -3 is out of range: the model has classes 0\.\.4"):
+            tap.gradient(-3)
         with pytest.raises(ValueError, match="3 classes for 4 images"):
             tap.gradient([0, 1, 2])
+        with pytest.raises(ValueError, match=r"shape \(4, 1\) for 4 images; give one class, or a flat list"):
+            tap.gradient(torch.zeros(4, 1, dtype=torch.long))
+        with pytest.raises(TypeError, match="must map an image's outputs"):
+            tap.gradient(lambda row: 3.0)
         with pytest.raises(ValueError, match="2 callables for 4 images"):
             tap.gradient([lambda row: row[0]] * 2)
         with pytest.raises(TypeError, match="integers"):
@@ -156,7 +162,7 @@ def test_bad_targets(tiny, images):
 def test_targets():
     logits = torch.tensor([[1.0, 3, 2], [5, 4, 6]])
     assert class_indices(logits, None).tolist() == [1, 2]
-    assert class_indices(logits, torch.tensor([-1, 0])).tolist() == [1, 0]  # not known: the predicted one
+    assert class_indices(logits, torch.tensor([-1, 0]), unknown=True).tolist() == [1, 0]  # not known: the predicted one
     assert target_scores(logits, 0).tolist() == [1, 5]
     assert target_scores(logits, [2, 1]).tolist() == [2, 4]
     with FeatureTap(nn.Sequential(nn.Conv2d(3, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(0)), "0") as tap:
@@ -216,3 +222,70 @@ def test_channels_last_features_of_a_swin_and_a_logits_object():
         assert tap(Normalize()(torch.rand(1, 3, 64, 96) * 255)).shape == (1, 4)
         assert tap.layout == Layout("BHWC", 768, (2, 3))
         assert tap.layout.to_maps(tap.gradient(0)).shape == (1, 768, 2, 3)
+
+
+def test_layers_and_models_that_return_tuples():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return x, x.mean()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, x):
+            features, mean = self.pair(x)
+            return features.mean((2, 3)) * 2, mean
+
+    net = Net()
+    with FeatureTap(net, "pair") as tap:
+        x = torch.rand(2, 3, 4, 4)
+        torch.testing.assert_close(tap(x), net(x)[0].detach())
+        torch.testing.assert_close(tap.features, net.pair.conv(x).detach())
+        assert tap.gradient(1)[:, 1].eq(2 / 16).all() and not tap.gradient(1)[:, 0].any()
+    named = type("Output", (tuple,), {})  # any tuple class comes back as itself
+    net.pair.register_forward_hook(lambda module, inputs, output: named(output))
+    with FeatureTap(net, "pair") as tap:
+        assert tap(x).shape == (2, 4)
+
+
+def test_shared_modules_answer_to_each_name_and_keep_the_last_run(images):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 3, 1)
+            self.second = self.first
+
+        def forward(self, x):
+            return self.second(self.first(x)).mean((2, 3))
+
+    model = Shared()
+    with FeatureTap(model, "second") as tap:
+        tap(images)
+        torch.testing.assert_close(tap.features, model.first(model.first(images)).detach())
+
+
+def test_misuse_of_a_tap(tiny, images):
+    tap = FeatureTap(tiny, "back")
+    with tap:
+        with pytest.raises(RuntimeError, match="already open"), tap:
+            pass
+        tap(images)
+    assert not tiny.back._forward_hooks
+    with pytest.raises(RuntimeError, match="read it inside the `with`"):
+        _ = tap.features
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "prefix"), [(224, 16, 1), (224, 14, 5), (100, 16, 1), (56, 16, 1), (384, 16, 2), (518, 14, 5)]
+)
+def test_token_grids_of_real_transformers(size, patch, prefix):
+    side = size // patch
+    layout = Layout.infer((1, side * side + prefix, 64), (size, size))
+    assert layout.grid == (side, side) and layout.prefix == prefix

@@ -59,6 +59,8 @@ def test_removal_ranks_by_patches_fills_and_batches():
     torch.testing.assert_close(whole, removal_curves(score, images, maps.exp(), steps=4))  # ranks only
     filled = removal_curves(score, images, maps, steps=1, fill=lambda x: torch.zeros_like(x))[0]
     torch.testing.assert_close(filled, torch.stack([images.mean((1, 2, 3)), torch.zeros(5)], 1) + 1000 * torch.arange(5)[:, None])
+    with pytest.raises(ValueError, match=r"maps have shape \(3, 8, 8\); for these images it must be \(5, 8, 8\)"):
+        removal_curves(score, images, maps[:3])
     with pytest.raises(ValueError, match="patch 3 does not divide the picture's 8x8"):
         removal_curves(score, images, maps, patch=3)
 

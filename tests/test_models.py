@@ -71,6 +71,22 @@ def test_default_weights_offline_name_file_and_folder(tmp_path, monkeypatch):
     assert load_target("resnet18", "DEFAULT").classes[0] == "tench"  # once it is there, it is used
 
 
+def test_inputs_are_scaled_as_the_weights_were_trained(tmp_path):
+    model = torchvision.models.googlenet(weights=None, init_weights=False)
+    torch.save(model.state_dict(), tmp_path / "g.pth")
+    assert load_target("googlenet", tmp_path / "g.pth").model.transform_input
+    assert load_target("inception_v3", None).image_size == (299, 299)
+    swin = load_target("vit_b_16", None)
+    assert swin.layer == "encoder.layers.encoder_layer_11.ln_1" and len(swin.classes) == 1000
+
+
+def test_files_that_are_no_state_dict(tmp_path):
+    for content in (torch.ones(3), {"state_dict": 3}):
+        torch.save(content, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match="w.pth is no state dict; it must map parameter names of resnet18 to tensors"):
+            load_target("resnet18", tmp_path / "w.pth")
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="model 'resnet_50' is not known; close matches: resnet50"):
         load_target("resnet_50")

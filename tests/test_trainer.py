@@ -123,9 +123,98 @@ def test_non_finite_loss_stops_before_the_weights_are_touched():
     model = nn.Linear(2, 2)
     before = model.weight.clone()
     step = lambda batch, training: (model(batch[0]).sum() * float("nan"), batch[0], batch[0])  # noqa: E731
-    with pytest.raises(FloatingPointError, match="became nan in epoch 1, step 1; try a smaller learning rate"):
+    with pytest.raises(
+        FloatingPointError, match="became nan in epoch 1, step 1; start from new weights with a learning rate below 0.1"
+    ):
         Trainer(model, step, torch.optim.SGD(model.parameters(), 0.1)).fit([(torch.rand(2, 2),)], 1, verbose=False)
     assert torch.equal(model.weight, before)
+
+
+def test_numpy_and_python_draws_resume_too(tmp_path):
+    import random
+
+    import numpy as np
+
+    def run(checkpoint=None, kill=None):
+        drawn = []
+        model = nn.Linear(2, 2)
+
+        class Drawing(torch.utils.data.Dataset):
+            def __len__(self):
+                return 6
+
+            def __getitem__(self, index):
+                drawn.append((random.random(), np.random.rand()))
+                return torch.rand(2)
+
+        def on_step(trainer):
+            trainer.save_every = 0
+            if trainer.epoch == 1 and trainer.step == kill:
+                raise Killed
+
+        step = lambda batch, training: (model(batch).sum(), batch, batch)  # noqa: E731
+        trainer = Trainer(model, step, torch.optim.SGD(model.parameters(), 0.01), checkpoint=checkpoint, on_step=on_step)
+        try:
+            trainer.fit(DataLoader(Drawing(), 2, shuffle=True), 2, verbose=False)
+        except Killed:
+            random.seed(99)
+        return drawn
+
+    state = random.getstate()
+    whole = run()
+    assert random.getstate() == state
+    run(tmp_path / "run.pt", kill=2)
+    assert run(tmp_path / "run.pt") == whole[6:]
+
+
+def test_an_interrupted_fit_is_finished_by_the_next_and_a_failed_one_is_not(tmp_path):
+    def interrupt(trainer):
+        if trainer.epoch == 1:
+            raise KeyboardInterrupt
+
+    trainer = build()
+    trainer.on_step = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(loader(), 3, verbose=False)
+    trainer.on_step = None
+    assert len(trainer.fit(loader(), 3, verbose=False)["loss"]) == 3 and trainer.epoch == 3
+    assert len(trainer.fit(loader(), 2, verbose=False)["loss"]) == 2 and trainer.epoch == 5
+    with pytest.raises(ValueError, match="the loader is empty"):
+        trainer.fit([], 4, verbose=False)
+    trainer.fit(loader(), 1, verbose=False)
+    assert trainer.epoch == 6
+    for epochs in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"epochs {epochs} is no number of epochs"):
+            trainer.fit(loader(), epochs)
+
+
+def test_metrics_are_of_their_epoch_and_not_mixed_with_validation():
+    trainer = build(dropout=0.0)
+    trainer.optimizer.param_groups[0]["lr"] = 0.0
+    trainer.scheduler = None
+    easy = [(x, trainer.model.eval()(x).argmax(1)) for x, _ in DataLoader(data(), 8)]  # labels the model gives in eval mode
+    wrong = [(x, 1 - y) for x, y in easy]
+    history = trainer.fit(easy, 2, validation=wrong, verbose=False)
+    assert history["Accuracy"][0] > 0.5 and history["val_Accuracy"][0] < 0.5
+    assert history["Accuracy"][0] == pytest.approx(history["Accuracy"][1], abs=0.2)
+
+
+def test_a_damaged_run_is_refused_in_one_line(tmp_path):
+    build(tmp_path / "run.pt").fit(loader(), 1, verbose=False)
+    content = load_checkpoint(tmp_path / "run.pt")
+    for key, value in (("progress", 3), ("config", 3), ("metrics", []), ("model", 3), ("optimizer", 3)):
+        torch.save(content | {key: value}, tmp_path / "bad.pt")
+        with pytest.raises(ValueError, match=r"bad.pt is (no checkpoint of this kind of run|of a run with)|zip") as raised:
+            build(tmp_path / "bad.pt").fit(loader(), 1, verbose=False)
+        assert "\n" not in str(raised.value)
+
+
+def test_validation_that_is_not_finite_stops():
+    model = nn.Linear(2, 2)
+    step = lambda batch, training: (model(batch[0]).sum() * (1 if training else float("inf")), batch[0], batch[0])  # noqa: E731
+    with pytest.raises(FloatingPointError, match="the validation loss became -?inf|nan"):
+        batches = [(torch.rand(2, 2),)]
+        Trainer(model, step, torch.optim.SGD(model.parameters(), 0.1)).fit(batches, 1, validation=batches, verbose=False)
 
 
 def test_empty_loaders():
