@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset, random_split
 
 from scanlib.checkpoint import load_checkpoint
 from scanlib.data import PhotoFolder, Signs, read_image
+from scanlib.masking import MASKS
 from scanlib.models import Target, load_target
-from scanlib.scan import MASKS, SCAN
+from scanlib.scan import SCAN
 
 
 def main(arguments: list[str] | None = None) -> None:

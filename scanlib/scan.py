@@ -24,90 +24,11 @@ from torch import Tensor, nn
 from scanlib import decoders
 from scanlib.cams import stretched
 from scanlib.checkpoint import load_checkpoint, save_checkpoint
+from scanlib.feature_cache import Encoded, FeatureCache, is_stream, repeats
 from scanlib.hooks import FeatureTap, Layout, class_indices, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, split_outputs
+from scanlib.masking import MASKS, blur_to_grid, mask_scores, percentile_of_positives
 from scanlib.trainer import Trainer, own_randomness, seeded_batches
-
-MASKS = ("gradient", "attribution", "position")
-
-
-def percentile_of_positives(scores: Tensor, percentile: Tensor | float) -> Tensor:
-    """The P-th percentile of each image's positive entries, linearly interpolated, shaped (B, 1, ...) to compare with the scores.
-
-    scores (B, ...); percentile a number or (B,) in 0..100. An image without a positive entry gives 0, which keeps everything.
-    """
-    flat = scores.flatten(1).sort(1).values  # the positive ones stand last
-    positives = (flat > 0).sum(1)
-    first = flat.shape[1] - positives
-    percentile = torch.as_tensor(percentile, dtype=flat.dtype, device=flat.device).expand(len(flat))
-    place = percentile / 100 * (positives - 1).clamp_min(0)
-    below = (first + place.floor().long()).clamp_max(flat.shape[1] - 1)[:, None]
-    above = (first + place.ceil().long()).clamp_max(flat.shape[1] - 1)[:, None]
-    threshold = torch.lerp(flat.gather(1, below), flat.gather(1, above), (place - place.floor())[:, None])
-    threshold = torch.where(positives[:, None] > 0, threshold, 0)
-    return threshold.view(-1, *[1] * (scores.ndim - 1))
-
-
-def mask_scores(features: Tensor, gradient: Tensor, mask_by: str, channel_dim: int = 1) -> Tensor:
-    """What the percentile ranks, shaped like the features.
-
-    "gradient": relu(G), as published. "attribution": relu(G F). "position": that times the positive part of its sum over the
-    channels, so that an entry counts where the place as a whole speaks for the class.
-    """
-    if mask_by == "gradient":
-        return gradient.relu()
-    attribution = gradient * features
-    if mask_by == "attribution":
-        return attribution.relu()
-    return attribution.relu() * attribution.sum(channel_dim, keepdim=True).relu()
-
-
-def blur_to_grid(images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The picture a layer with this grid can know: Gaussian blur, sigma = picture / grid per axis, reflected edges.
-
-    images (N, 3, H, W), any scale; same shape returned.
-    """
-    for axis, cells in ((2, grid[0]), (3, grid[1])):
-        sigma = images.shape[axis] / cells
-        radius = min(int(2 * sigma) // 2, images.shape[axis] - 1)  # reflection reaches no further
-        if radius == 0:
-            continue
-        kernel = torch.exp(-torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype).square() / (2 * sigma**2))
-        kernel = kernel / kernel.sum()
-        pad = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
-        weight = (kernel.view(1, 1, -1, 1) if axis == 2 else kernel.view(1, 1, 1, -1)).expand(images.shape[1], 1, -1, -1)
-        images = F.conv2d(F.pad(images, pad, mode="reflect"), weight, groups=images.shape[1])
-    return images
-
-
-class FeatureCache:
-    """Batches of encoded pictures from memory: the frozen model runs once, not once an epoch."""
-
-    def __init__(self, tensors: Sequence[Tensor], batch_size: int, shuffle: bool):
-        self.tensors, self.batch_size, self.shuffle = tensors, batch_size, shuffle
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.tensors[0]) / self.batch_size)
-
-    def __iter__(self):
-        count = len(self.tensors[0])
-        order = torch.randperm(count) if self.shuffle else torch.arange(count)
-        for index in order.split(self.batch_size):
-            yield tuple(tensor[index.to(tensor.device)] for tensor in self.tensors)
-
-
-class _Encoded:
-    """A loader whose batches are encoded as they come."""
-
-    def __init__(self, loader, encode):
-        self.loader, self.encode = loader, encode
-        self.sampler, self.generator = getattr(loader, "sampler", None), getattr(loader, "generator", None)
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        return (self.encode(batch) for batch in self.loader)
 
 
 class SCAN:
@@ -277,8 +198,7 @@ class SCAN:
 
         checkpoint: a file to save to and resume from; a run killed at any moment and started again ends with the same weights.
         cache: keep the features, so that the frozen model runs once: True, False, or "auto", which does when several epochs
-        are to come,
-            cache_budget bytes suffice and the pictures come the same each time.
+            are to come, cache_budget bytes suffice and the pictures come the same each time.
         amp: bfloat16 autocast. on_step: called with the trainer after each step.
         """
         if self.dataset is None:
@@ -297,7 +217,13 @@ class SCAN:
             )
         trainer = self.trainer
         trainer.checkpoint, trainer.seed, trainer.amp = checkpoint, seed, amp
-        trainer.on_step = on_step
+
+        def stepped(trainer: Trainer) -> None:
+            self._trained = True  # from the first step on, what was learnt can be looked at
+            if on_step is not None:
+                on_step(trainer)
+
+        trainer.on_step = stepped
         with torch.inference_mode(False), torch.enable_grad():
             training, left = self._prepared(self.dataset, epochs, cache, cache_budget, verbose)
             validation = None
@@ -306,8 +232,8 @@ class SCAN:
             trainer.config = self._run_config(training)
             try:
                 history = trainer.fit(training, epochs, validation, verbose)
-            finally:  # even when interrupted: what was learnt so far can be looked at
-                self._trained = self._trained or trainer.epoch + trainer.step > 0
+            finally:
+                self._trained = self._trained or trainer.epoch > 0  # a finished run may be resumed without a step
                 self.decoder.eval()
         return {"loss": [], "val_loss": []} | history
 
@@ -375,14 +301,14 @@ class SCAN:
         if cache not in (True, False, "auto"):
             raise ValueError(f"cache {cache!r} is not known; take True, False or 'auto'")
         if cache == "auto":
-            cache = epochs > 1 and self._cache_size(loader) <= budget and _repeats(loader)
+            cache = epochs > 1 and self._cache_size(loader) <= budget and repeats(loader)
         if not cache:
-            return _Encoded(loader, self._encode_batch), budget
+            return Encoded(loader, self._encode_batch), budget
         from tqdm.auto import tqdm
 
         with own_randomness(self.device):  # the order in memory is a function of the seed, as every other draw
             batches = seeded_batches(loader, self.trainer.seed, 0)
-            total = len(loader) if hasattr(loader, "__len__") and not _is_stream(loader) else None
+            total = len(loader) if hasattr(loader, "__len__") and not is_stream(loader) else None
             parts = [self._encode_batch(batch) for batch in tqdm(batches, "features", total, disable=not verbose, leave=False)]
         if not parts:
             raise ValueError("the loader is empty; give it at least one batch (with drop_last, at least batch_size pictures)")
@@ -608,27 +534,3 @@ def _fingerprint(model: nn.Module) -> int:
     parts = [parameter.detach().flatten()[:8].float().cpu() for parameter in model.parameters()]
     values = torch.cat(parts).tolist() if parts else []
     return zlib.crc32(" ".join(f"{value:.5g}" for value in values).encode())
-
-
-def _is_stream(loader) -> bool:
-    return isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset)
-
-
-def _repeats(loader) -> bool:
-    """Does each epoch hold the same pictures? A cache must freeze no augmentation and no drawing of samples.
-
-    Only a plain loader qualifies: default collate, every picture once an epoch. A few pictures are read twice to see whether
-    they come the same each time; rare random changes may slip through, and want cache=False.
-    """
-    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
-    data = torch.utils.data
-    plain = type(batch_sampler) is data.BatchSampler and not loader.drop_last and loader.collate_fn is data.default_collate
-    once = type(sampler) is data.SequentialSampler or (type(sampler) is data.RandomSampler and not sampler.replacement)
-    if not (plain and once and sampler is batch_sampler.sampler and len(sampler) == len(loader.dataset)):
-        return False
-    for index in range(min(16, len(loader.dataset))):
-        items = loader.dataset[index], loader.dataset[index]
-        first, second = (item[0] if isinstance(item, (tuple, list)) else item for item in items)
-        if not isinstance(first, Tensor) or not torch.equal(first, second):
-            return False
-    return True

@@ -15,9 +15,9 @@ from scanlib import SCAN, load_target, small_vit
 from scanlib.cams import grad_cam, stretched
 from scanlib.data import Signs
 from scanlib.hooks import FeatureTap
+from scanlib.masking import blur_to_grid, mask_scores, percentile_of_positives
 from scanlib.metrics import class_score, evaluate
 from scanlib.models import CHECKPOINTS, Normalize
-from scanlib.scan import blur_to_grid, mask_scores, percentile_of_positives
 
 
 class Killed(BaseException):
@@ -320,7 +320,7 @@ def test_auto_cache_takes_plain_loaders_only(tiny):
         DataLoader(pictures(), batch_sampler=data.BatchSampler(data.RandomSampler(pictures()), 4, False)),
         [pictures().tensors],
     ]
-    from scanlib.scan import FeatureCache
+    from scanlib.feature_cache import FeatureCache
 
     for loaders, cached in ((plain, True), (other, False)):
         for loader in loaders:
