@@ -79,6 +79,7 @@ class SCAN:
         self._decoder_config: dict | None = None
         self._warned: set[str] = set()
         self._trained = decoder_model is not None
+        self.notes: dict = {}
 
     # --- set-up ---
 
@@ -424,8 +425,8 @@ class SCAN:
         content = {"format": 1, "kind": "scan decoder", "identity": self._identity(), "weights": _fingerprint(self.model)}
         save_checkpoint(content | {"config": self._decoder_config, "notes": notes or {}, "state_dict": state}, path)
 
-    def load_decoder(self, path: str | os.PathLike) -> dict:
-        """Read a decoder that ``save_decoder`` wrote, onto this device; returns its notes.
+    def load_decoder(self, path: str | os.PathLike) -> "SCAN":
+        """Read a decoder that ``save_decoder`` wrote, onto this device; what was noted with it is in ``notes``.
 
         Raises FileNotFoundError, and ValueError when the file is damaged, holds code, or belongs to another layer or model.
         """
@@ -454,8 +455,8 @@ class SCAN:
             self.decoder.load_state_dict(saved["state_dict"])
             decoder = self.decoder
         self._adopt(decoder.eval(), config)  # only now: a bad file leaves the scanner as it was
-        self._trained = True
-        return saved.get("notes", {})
+        self._trained, self.notes = True, saved.get("notes", {})
+        return self
 
     def _identity(self) -> dict:
         """What a decoder belongs to, in plain values."""
