@@ -85,8 +85,8 @@ def _widths(channels: int, full: int, ch_per_lv: Sequence[int] | None) -> list[i
     """Channels at the grid and after each doubling; left out, the published ones, scaled down for layers under 512 channels."""
     if ch_per_lv is None:
         scale = min(1.0, channels / 512)
-        ch_per_lv = [max(32, 8 * round(width * scale / 8)) for width in PUBLISHED_WIDTHS]
-        tail = [max(32, 8 * round(width * scale / 8)) for width in (128, 64)]
+        # multiples of 32, rounded down: the convolutions' vector units are filled
+        ch_per_lv, tail = ([max(32, 32 * int(width * scale / 32)) for width in group] for group in (PUBLISHED_WIDTHS, (128, 64)))
     else:
         tail = [128, 64]
     level = min(max(full - 2, 0), len(ch_per_lv) - 1)
