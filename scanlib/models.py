@@ -109,7 +109,7 @@ def load_target(name: str, weights: str | os.PathLike | None = "DEFAULT") -> Tar
         path = CHECKPOINTS / f"{name}.pt" if weights == "DEFAULT" else weights
         if path is not None and not Path(path).is_file():
             raise FileNotFoundError(
-                f"no weights at {path}; make them with `python data/make_checkpoints.py {name}`, or pass weights=None"
+                f"no weights at {path}; `python data/make_checkpoints.py` makes those that ship, or pass a path, or weights=None"
             )
     else:
         model, path, size, classes, preprocess = _torchvision_target(name, weights)
