@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from scanlib import SCAN, Signs, load_target
 from scanlib.decoders import PUBLISHED_WIDTHS
@@ -30,19 +30,6 @@ from scanlib.models import Normalize
 
 PUBLISHED = {"ch_per_lv": list(PUBLISHED_WIDTHS), "output_stride": 1, "upsampling": "transposed"}
 BATCH = 16
-
-
-class Photographs(Dataset):
-    """Stand-ins for photographs at 224 px: Signs drawn large."""
-
-    def __init__(self, length):
-        self.scenes = Signs(length, size=224)
-
-    def __len__(self):
-        return len(self.scenes)
-
-    def __getitem__(self, index):
-        return self.scenes[index]
 
 
 def scene(case: str):
@@ -136,8 +123,7 @@ def peak_memory() -> float:
 
 def work(case: str, way: str, images: int) -> dict:
     """One measurement, in this process: ms an image and epoch, growth of peak memory."""
-    data = Subset(Signs(images) if case == "cnn64" else Photographs(images), range(images))
-    data = [(image, label) for image, label in data]  # drawn beforehand
+    data = list(Signs(images, size=64 if case == "cnn64" else 224))  # drawn beforehand
     warm = data[:BATCH] if case == "cnn64" else data[:2]
     with FeatureTap(*scene(case)[:2]) as tap:  # the first run of a model allocates and plans
         tap(torch.stack([image for image, _ in warm]) / 255)

@@ -32,7 +32,8 @@ class Encoded:
 
     def __init__(self, loader, encode):
         self.loader, self.encode = loader, encode
-        self.sampler, self.generator = getattr(loader, "sampler", None), getattr(loader, "generator", None)
+        for name in ("sampler", "batch_sampler", "generator"):  # what seeds a loader's draws
+            setattr(self, name, getattr(loader, name, None))
 
     def __len__(self):
         return len(self.loader)

@@ -306,6 +306,8 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(saved["scheduler"])
+        if len(saved["metrics"]) != len(self.metrics):
+            raise KeyError("metrics")
         for metric, state in zip(self.metrics, saved["metrics"], strict=True):
             vars(metric).update(state)
         progress = saved["progress"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scanlib import Signs
+from scanlib import SCAN, Signs
 from scanlib.cli import main
 
 
@@ -77,14 +77,30 @@ def test_bad_arguments_end_with_one_line(arguments, message):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_options_arrive(tmp_path):
+def test_options_arrive(tmp_path, monkeypatch):
+    scanners, real = [], SCAN.fit
+    monkeypatch.setattr(
+        SCAN, "fit", lambda self, *args, **options: scanners.append((self, options)) or real(self, *args, **options)
+    )
     options = "--alpha 9 --percentiles 80 90 --widths 16 16 --output-stride 4 --upsampling bilinear --mask-by attribution"
-    with pytest.raises(SystemExit, match="the loss became nan|inf"):  # stopped: the run's checkpoint tells what was set
-        main(f"train --model signs_cnn --data signs --scenes 40 --out {tmp_path / 'd.pt'} --learning-rate 1e30 {options}".split())
-    main(f"train --model signs_cnn --data signs --scenes 40 --out {tmp_path / 'd.pt'} --epochs 1 {options}".split())
+    options += " --learning-rate 0.004 --seed 3 --batch-size 8 --validation 0.2 --epochs 1"
+    main(f"train --model signs_cnn --data signs --scenes 40 --out {tmp_path / 'd.pt'} {options}".split())
+    ((scanner, given),) = scanners
+    assert scanner.criterion.alpha == 9 and scanner.use_augmentation == (80, 90) and scanner.mask_by == "attribution"
+    assert given["seed"] == 3 and scanner.scheduler.state_dict()["total_steps"] == 4
+    assert scanner.optimizer.param_groups[0]["max_lr"] == 0.004
+    assert len(scanner.dataset.dataset) == 32 and len(scanner.valid_dataset.dataset) == 8
     saved = torch.load(tmp_path / "d.pt", weights_only=True)
     assert saved["config"]["ch_per_lv"] == [16, 16] and saved["config"]["output_stride"] == 4
     assert saved["config"]["upsampling"] == "bilinear" and saved["identity"]["mask_by"] == "attribution"
+
+
+def test_a_loss_that_is_not_finite_ends_with_one_line(tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"scanlib train: the loss became (nan|inf) in epoch 1, step \d+; start from new weights"
+    ):
+        main(f"train --model signs_cnn --data signs --scenes 80 --out {tmp_path / 'd.pt'} --learning-rate 1e30".split())
+    assert not (tmp_path / "d.pt").exists()
 
 
 def test_signs_labels_mean_nothing_to_another_model(tmp_path, monkeypatch):

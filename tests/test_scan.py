@@ -278,6 +278,26 @@ def test_killed_fit_resumes_bit_for_bit(tiny, tmp_path, cache, drop_last):
         assert torch.equal(ours, theirs)
 
 
+def test_batch_samplers_with_a_generator_of_their_own_resume_too(tiny, tmp_path):
+    def run(checkpoint=None, kill=None):
+        torch.manual_seed(0)
+        sampler = torch.utils.data.RandomSampler(pictures(), generator=torch.Generator().manual_seed(7))
+        loader = DataLoader(pictures(), batch_sampler=torch.utils.data.BatchSampler(sampler, 4, False))
+
+        def on_step(trainer):
+            trainer.save_every = 0
+            if trainer.epoch * 3 + trainer.step == kill:
+                raise Killed
+
+        scanner = scanner_for(tiny).set_dataset(loader).generate_decoder().compile()
+        return scanner.fit(2, verbose=False, checkpoint=checkpoint, on_step=on_step)
+
+    whole = run()
+    with pytest.raises(Killed):
+        run(tmp_path / "run.pt", kill=5)
+    assert run(tmp_path / "run.pt") == whole
+
+
 def test_resuming_another_run_is_refused(tiny, tmp_path):
     def run(count=12, percentiles=(70, 100), optimizer=torch.optim.Adam, mask_by="gradient", **options):
         loader = DataLoader(TensorDataset(*(column[:count] for column in pictures().tensors)), 4)

@@ -188,15 +188,27 @@ def test_an_interrupted_fit_is_finished_by_the_next_and_a_failed_one_is_not(tmp_
             trainer.fit(loader(), epochs)
 
 
+class Count:
+    """How many pictures were seen since the last reset."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.seen = 0
+
+    def update(self, target, outputs):
+        self.seen += len(target)
+
+    def compute(self):
+        return self.seen
+
+
 def test_metrics_are_of_their_epoch_and_not_mixed_with_validation():
-    trainer = build(dropout=0.0)
-    trainer.optimizer.param_groups[0]["lr"] = 0.0
-    trainer.scheduler = None
-    easy = [(x, trainer.model.eval()(x).argmax(1)) for x, _ in DataLoader(data(), 8)]  # labels the model gives in eval mode
-    wrong = [(x, 1 - y) for x, y in easy]
-    history = trainer.fit(easy, 2, validation=wrong, verbose=False)
-    assert history["Accuracy"][0] > 0.5 and history["val_Accuracy"][0] < 0.5
-    assert history["Accuracy"][0] == pytest.approx(history["Accuracy"][1], abs=0.2)
+    trainer = build()
+    trainer.metrics = [Count()]
+    history = trainer.fit(loader(), 3, validation=[data(12).tensors], verbose=False)
+    assert history["Count"] == [40, 40, 40] and history["val_Count"] == [12, 12, 12]
 
 
 def test_a_damaged_run_is_refused_in_one_line(tmp_path):
@@ -204,7 +216,7 @@ def test_a_damaged_run_is_refused_in_one_line(tmp_path):
     content = load_checkpoint(tmp_path / "run.pt")
     for key, value in (("progress", 3), ("config", 3), ("metrics", []), ("model", 3), ("optimizer", 3)):
         torch.save(content | {key: value}, tmp_path / "bad.pt")
-        with pytest.raises(ValueError, match=r"bad.pt is (no checkpoint of this kind of run|of a run with)|zip") as raised:
+        with pytest.raises(ValueError, match=r"bad.pt is (no checkpoint of this kind of run|of a run with)") as raised:
             build(tmp_path / "bad.pt").fit(loader(), 1, verbose=False)
         assert "\n" not in str(raised.value)
 
@@ -212,7 +224,7 @@ def test_a_damaged_run_is_refused_in_one_line(tmp_path):
 def test_validation_that_is_not_finite_stops():
     model = nn.Linear(2, 2)
     step = lambda batch, training: (model(batch[0]).sum() * (1 if training else float("inf")), batch[0], batch[0])  # noqa: E731
-    with pytest.raises(FloatingPointError, match="the validation loss became -?inf|nan"):
+    with pytest.raises(FloatingPointError, match="the validation loss became (-?inf|nan) in epoch 1"):
         batches = [(torch.rand(2, 2),)]
         Trainer(model, step, torch.optim.SGD(model.parameters(), 0.1)).fit(batches, 1, validation=batches, verbose=False)
 
