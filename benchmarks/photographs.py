@@ -11,8 +11,8 @@ import time
 import torch
 
 from scanlib import SCAN, FeatureTap, PhotoFolder, grad_cam, load_target
-from scanlib.cams import stretched
 from scanlib.checkpoint import load_checkpoint
+from scanlib.maps import stretched
 from scanlib.metrics import blurred, centre_maps, class_score, random_maps, removal_curves
 
 

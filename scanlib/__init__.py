@@ -3,7 +3,8 @@
 Images go in, a frozen classifier is tapped at one layer, an explainer turns what flowed there into a heat map.
 """
 
-from scanlib.cams import grad_cam
+from scanlib.attention import AttentionRelevance, AttentionRollout, LeGrad
+from scanlib.cams import grad_cam, layer_cam
 from scanlib.data import PhotoFolder, Signs, read_image
 from scanlib.decoders import ConvolutionalDecoder, ResidualModule, TransformerBlock, TransformerDecoder
 from scanlib.hooks import FeatureTap, Layout, resolve_layer
@@ -16,10 +17,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SCAN",
+    "AttentionRelevance",
+    "AttentionRollout",
     "ConfidentMAE",
     "ConvolutionalDecoder",
     "FeatureTap",
     "Layout",
+    "LeGrad",
     "NonConfidentMAE",
     "PhotoFolder",
     "ResidualModule",
@@ -30,6 +34,7 @@ __all__ = [
     "TransformerBlock",
     "TransformerDecoder",
     "grad_cam",
+    "layer_cam",
     "load_target",
     "read_image",
     "resolve_layer",

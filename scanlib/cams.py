@@ -5,7 +5,6 @@ with FeatureTap(model, layer) as tap:
     maps = grad_cam(tap.features, tap.gradient(target))      # (B, C, h, w) twice -> (B, h, w)
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,8 +14,6 @@ def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     return (weights * activations).sum(1).relu()
 
 
-def stretched(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (B, h, w) -> (B, H, W), resized bilinearly and stretched to [0, 1] each; a constant map becomes 0."""
-    maps = F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)
-    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
-    return ((maps - low) / (high - low).clamp_min(1e-12))[:, 0]
+def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Layer-CAM (Jiang et al. 2021, Eqs. 5-6): relu(sum_c relu(g_c) A_c); (B, C, h, w) twice -> (B, h, w)."""
+    return (gradients.relu() * activations).sum(1).relu()

@@ -1,14 +1,16 @@
 """Encode a loader's batches once, or as they come: the model is frozen, so its features need computing only once.
 
-batches = FeatureCache([features, scores, targets], batch_size=16, shuffle=True)     # from memory, anew each epoch
-batches = Encoded(loader, encode)                                                   # encode(batch), each time
+batches = FeatureCache.filled(loader, encode, seed=0, device=device)    # encode(batch) -> tensors, once; then from memory
+batches = Encoded(loader, encode)                                       # each time
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from scanlib.randomness import own_randomness, seeded_batches
 
 
 class FeatureCache:
@@ -16,6 +18,27 @@ class FeatureCache:
 
     def __init__(self, tensors: Sequence[Tensor], batch_size: int, shuffle: bool):
         self.tensors, self.batch_size, self.shuffle = tensors, batch_size, shuffle
+
+    @classmethod
+    def filled(cls, loader, encode: Callable, seed: int, device: torch.device, verbose: bool = False) -> "FeatureCache":
+        """Run a loader once. encode(batch) -> a tuple of tensors. Raises ValueError for an empty loader."""
+        from tqdm.auto import tqdm
+
+        with own_randomness(device):  # the order in memory is a function of the seed, as every other draw
+            batches = seeded_batches(loader, seed, 0)
+            total = len(loader) if hasattr(loader, "__len__") and not is_stream(loader) else None
+            parts = [encode(batch) for batch in tqdm(batches, "features", total, disable=not verbose, leave=False)]
+        if not parts:
+            raise ValueError("the loader is empty; give it at least one batch (with drop_last, at least batch_size pictures)")
+        size, tensors = len(parts[0][0]), []
+        for column in range(len(parts[0])):  # one by one, each part let go, so that only one tensor is held twice at a time
+            tensors.append(torch.cat([part[column] for part in parts]))
+            parts = [(*part[:column], None, *part[column + 1 :]) for part in parts]
+        return cls(tensors, size, isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def __len__(self) -> int:
         return math.ceil(len(self.tensors[0]) / self.batch_size)
@@ -44,6 +67,14 @@ class Encoded:
 
 def is_stream(loader) -> bool:
     return isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset)
+
+
+def pictures(loader) -> float:
+    """How many pictures a loader's data set holds; infinite where it does not tell."""
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError, NotImplementedError):
+        return math.inf
 
 
 def repeats(loader) -> bool:

@@ -150,7 +150,7 @@ def target_scores(logits: Tensor, target: Target = None) -> Tensor:
     return logits.gather(1, class_indices(logits, target)[:, None])[:, 0]
 
 
-def _logits(output) -> Tensor:
+def logits_of(output) -> Tensor:
     """Logits out of a tensor, a tuple, or an object with ``.logits`` (Inception, Hugging Face)."""
     output = getattr(output, "logits", output)
     output = output[0] if isinstance(output, (tuple, list)) else output
@@ -228,7 +228,7 @@ class FeatureTap:
             with torch.inference_mode(False), torch.no_grad(), evaluating(self.model):
                 if inputs.is_inference():
                     inputs = inputs.clone()  # an inference tensor can not take part in a graph
-                self.logits = _logits(self.model(inputs))
+                self.logits = logits_of(self.model(inputs))
         finally:
             self._running = False
         if self._leaf is None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from scanlib.checkpoint import load_checkpoint
 from scanlib.data import Signs
+from scanlib.hooks import evaluating
 
 CHECKPOINTS = Path(__file__).parent.parent / "data" / "checkpoints"
 
@@ -92,6 +93,10 @@ class Target:
     image_size: tuple[int, int]
 
 
+BLOCK_NORMS = ("ln_1", "norm1", "layernorm_before")  # a transformer block's first LayerNorm: torchvision, timm, Hugging Face
+HEADS = ("classifier", "head", "heads", "fc", "AuxLogits")
+POOLS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Identity)
+
 SIGNS_MODELS = {"signs_cnn": (SmallResNet, "layer4"), "signs_vit": (small_vit, "encoder.layers.encoder_layer_4")}
 
 
@@ -163,36 +168,36 @@ def _load_weights(model: nn.Module, path, name: str) -> None:
         raise ValueError(f"{path} does not hold the weights of {name}: {str(error).splitlines()[1].strip()[:160]}") from error
 
 
-def default_layer(model: nn.Module, size: int = 224) -> str:
+def default_layer(model: nn.Module, size: int | tuple[int, int] = 224) -> str:
     """The last layer with a spatial extent in front of the head, found by one forward pass of zeros at ``size`` pixels.
 
-    For a vision transformer with a class token: the last block's first LayerNorm, since the block's own output sends no
-    gradient to the patch tokens. Raises ValueError when no layer has a spatial extent.
+    For a vision transformer (torchvision, timm, Hugging Face): the last block's first LayerNorm. The block's own output sends
+    no gradient to the patch tokens where the head reads the class token only. Raises ValueError when no layer has a spatial
+    extent.
     """
-    if isinstance(model, torchvision.models.VisionTransformer):
-        return f"encoder.layers.{list(dict(model.encoder.layers.named_children()))[-1]}.ln_1"
-    found, handles = [], []
-    heads = ("classifier", "head", "fc", "AuxLogits")
+    height, width = (size, size) if isinstance(size, int) else size
+    maps, norms, handles = [], [], []
 
     def note(name):
         def hook(module, inputs, output):
-            if isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[1:3]) > 1 and output.shape[2] > 1:
-                found.append(name)
+            if not isinstance(output, Tensor):
+                return
+            if output.ndim == 3 and name.rpartition(".")[2] in BLOCK_NORMS:
+                norms.append(name)
+            elif output.ndim == 4 and min(output.shape[1:3]) > 1 and not isinstance(module, POOLS):
+                maps.append(name)
 
         return hook
 
-    pools = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Identity)
-    modules = [(name, module) for name, module in model.named_modules() if name and name.split(".")[0] not in heads]
-    modules = [(name, module) for name, module in modules if not isinstance(module, pools)]
-    was_training = model.training
-    try:
-        handles = [module.register_forward_hook(note(name)) for name, module in modules]
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
-    if not found:
+    with evaluating(model), torch.no_grad():
+        try:
+            for name, module in model.named_modules():
+                if name and name.split(".")[0] not in HEADS:
+                    handles.append(module.register_forward_hook(note(name)))
+            model(torch.zeros(1, 3, height, width, device=next(model.parameters()).device))
+        finally:
+            for handle in handles:
+                handle.remove()
+    if not norms and not maps:
         raise ValueError(f"{type(model).__name__} has no layer with a spatial extent; give target_layer by name")
-    return found[-1]
+    return (norms or maps)[-1]

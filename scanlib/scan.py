@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scanlib import decoders
-from scanlib.cams import stretched
 from scanlib.checkpoint import load_checkpoint, save_checkpoint
-from scanlib.feature_cache import Encoded, FeatureCache, is_stream, repeats
+from scanlib.feature_cache import Encoded, FeatureCache, pictures, repeats
 from scanlib.hooks import FeatureTap, Layout, class_indices, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, split_outputs
+from scanlib.maps import stretched
 from scanlib.masking import MASKS, blur_to_grid, mask_scores, percentile_of_positives
-from scanlib.trainer import Trainer, own_randomness, seeded_batches
+from scanlib.models import default_layer
+from scanlib.trainer import Trainer
 
 
 class SCAN:
@@ -298,37 +299,18 @@ class SCAN:
         return tuple(cells * 2**doublings for cells in self.layout.grid)
 
     def _prepared(self, loader, epochs, cache, budget, verbose) -> tuple[Iterable, float]:
-        """The loader with its batches encoded, from memory where that fits, else as they come; and what is left of the budget."""
+        """The loader with its batches encoded, from memory where that pays, else as they come; and what is left of the budget."""
         if cache not in (True, False, "auto"):
             raise ValueError(f"cache {cache!r} is not known; take True, False or 'auto'")
         if cache == "auto":
-            cache = epochs > 1 and self._cache_size(loader) <= budget and repeats(loader)
+            layout = self.layout
+            entries = layout.channels * (math.prod(layout.grid) + layout.prefix) * (2 if self.use_gradient_mask else 1)
+            size = 4 * (entries + 3 * math.prod(self._decoded_size()))  # bytes a picture
+            cache = epochs > 1 and pictures(loader) * size <= budget and repeats(loader)
         if not cache:
             return Encoded(loader, self._encode_batch), budget
-        from tqdm.auto import tqdm
-
-        with own_randomness(self.device):  # the order in memory is a function of the seed, as every other draw
-            batches = seeded_batches(loader, self.trainer.seed, 0)
-            total = len(loader) if hasattr(loader, "__len__") and not is_stream(loader) else None
-            parts = [self._encode_batch(batch) for batch in tqdm(batches, "features", total, disable=not verbose, leave=False)]
-        if not parts:
-            raise ValueError("the loader is empty; give it at least one batch (with drop_last, at least batch_size pictures)")
-        size, tensors = len(parts[0][0]), []
-        for column in range(3):  # one after the other, each part let go, so that only one tensor is held twice at a time
-            tensors.append(torch.cat([part[column] for part in parts]))
-            parts = [(*part[:column], None, *part[column + 1 :]) for part in parts]
-        shuffled = isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler)
-        return FeatureCache(tensors, size, shuffled), budget - sum(tensor.nbytes for tensor in tensors)
-
-    def _cache_size(self, loader) -> float:
-        """Bytes that the loader's pictures take when encoded; infinite where it does not tell how many there are."""
-        try:
-            count = len(loader.dataset)
-        except (AttributeError, TypeError, NotImplementedError):
-            return math.inf
-        layout = self.layout
-        entries = layout.channels * (layout.grid[0] * layout.grid[1] + layout.prefix) * (2 if self.use_gradient_mask else 1)
-        return 4 * count * (entries + 3 * math.prod(self._decoded_size()))
+        cached = FeatureCache.filled(loader, self._encode_batch, self.trainer.seed, self.device, verbose)
+        return cached, budget - cached.nbytes
 
     # --- explaining ---
 
@@ -367,9 +349,9 @@ class SCAN:
 
     def _extract(self, images: Tensor, target, unknown: bool = False) -> tuple[Tensor, Tensor]:
         """``extract`` of checked images; unknown: let class -1 mean the predicted one, as for training labels."""
+        layout = self.layout  # before the layer's name is read: it may move
         with FeatureTap(self.model, self.layer_name) as tap:
             logits = tap(self.preprocess(images))
-            self._layout = tap.layout
             if not (callable(target) or _callables(target)):
                 target = class_indices(logits, target, unknown)
             features = self._arranged(tap.features).float()
@@ -377,13 +359,13 @@ class SCAN:
                 return features, features.new_ones(len(features), *[1] * (features.ndim - 1))
             gradient = self._arranged(tap.gradient(target)).float()
         scores = mask_scores(features, gradient, self.mask_by, channel_dim=-1 if self._is_tokens else 1)
-        patches = scores[:, tap.layout.prefix :] if self._is_tokens else scores
+        patches = scores[:, layout.prefix :] if self._is_tokens else scores
         empty = int((patches.flatten(1) <= 0).all(1).sum())
         if empty:
             self._warn(
                 "nothing positive",
                 f"{empty} of {len(images)} images have no positive {self.mask_by} at any place of layer {self.layer_name!r}, so "
-                "their maps say nothing of the class; take an earlier layer (for a vision transformer the last block's ln_1)",
+                "their maps say nothing of the class; take an earlier layer",
             )
         return features, scores
 
@@ -476,11 +458,29 @@ class SCAN:
 
     @property
     def layout(self) -> Layout:
-        """How the target layer arranges its features; found by one forward pass."""
+        """How the target layer arranges its features; found by one forward pass.
+
+        Where the patch tokens get no gradient at all (a class-token transformer's last output), the target layer moves to
+        ``default_layer`` with a warning.
+        """
         if self._layout is None:
+            probe = self.preprocess(torch.full((1, 3, *self.image_size), 127.5, device=self.device))
             with FeatureTap(self.model, self.layer_name) as tap:
-                tap(self.preprocess(torch.full((1, 3, *self.image_size), 127.5, device=self.device)))
-                self._layout = tap.layout
+                tap(probe)
+                layout = tap.layout
+                tokens = layout.kind == "BTC" and layout.prefix > 0 and self.use_gradient_mask
+                unread = tokens and not layout.to_maps(tap.gradient()).any()
+            if unread:
+                moved = default_layer(self.model, tuple(probe.shape[-2:]))
+                reason = (
+                    f"layer {self.layer_name!r} sends no gradient to the patch tokens (behind it the head reads the class token)"
+                )
+                if moved == self.layer_name:
+                    raise ValueError(f"{reason}; give an earlier target_layer")
+                self._warn("moved", f"{reason}; moved to {moved!r}")
+                self.layer_name = moved
+                return self.layout
+            self._layout = layout
         return self._layout
 
     @property

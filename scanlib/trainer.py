@@ -11,20 +11,18 @@ generators; a data set with one of its own has to see to itself.)
 where ``step(batch, training) -> (loss, outputs, target)`` is the one thing a task has to say.
 """
 
-import contextlib
 import copy
 import inspect
 import math
-import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from scanlib.checkpoint import load_checkpoint, save_checkpoint
+from scanlib.randomness import own_randomness, seeded_batches
 
 
 class Accuracy:
@@ -54,49 +52,6 @@ def classifier_step(model: nn.Module, preprocess: Callable[[Tensor], Tensor], de
         return nn.functional.cross_entropy(logits, labels), logits, labels
 
     return step
-
-
-def _key(seed: int, epoch: int, step: int) -> int:
-    """A seed for (seed, epoch, step), well mixed, the same on every platform."""
-    return random.Random(f"{seed} {epoch} {step}").getrandbits(63)
-
-
-@contextlib.contextmanager
-def own_randomness(device: torch.device):
-    """Inside, draw freely: the caller's torch, numpy and Python generators are as before afterwards."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-def _seed(key: int) -> None:
-    torch.manual_seed(key)
-    random.seed(key)
-    np.random.seed(key % 2**32)
-
-
-def seeded_batches(loader: Iterable, seed: int, epoch: int):
-    """The batches of one epoch, every draw a function of (seed, epoch, step). To be used inside ``own_randomness``."""
-    _seed(_key(seed, epoch, 0))
-    holders = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
-    for holder in [*holders, getattr(holders[2], "sampler", None)]:
-        if isinstance(getattr(holder, "generator", None), torch.Generator):
-            holder.generator.manual_seed(_key(seed, epoch, 0))
-        if hasattr(holder, "set_epoch"):
-            holder.set_epoch(epoch)
-    batches, step = iter(loader), 0
-    while True:
-        _seed(_key(seed, epoch, step))
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        yield batch
-        step += 1
 
 
 class Trainer:

@@ -3,7 +3,8 @@ import torch
 import torchvision
 
 from scanlib import Signs, SmallResNet, load_target, small_vit
-from scanlib.cams import grad_cam, stretched
+from scanlib.cams import grad_cam
+from scanlib.maps import stretched
 from scanlib.models import Normalize, default_layer
 
 
@@ -40,7 +41,7 @@ def test_default_layers():
         found = default_layer(model)
         assert found.split(".")[0] == layer
     vit = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32)
-    assert default_layer(vit) == "encoder.layers.encoder_layer_1.ln_1"
+    assert default_layer(vit, 32) == "encoder.layers.encoder_layer_1.ln_1"
     with pytest.raises(ValueError, match="no layer with a spatial extent"):
         default_layer(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)), size=2)
 

@@ -45,9 +45,9 @@ def test_version_and_citation():
 
 def test_a_file_imports_only_from_the_floors_below():
     floors = [
-        {"checkpoint", "hooks", "loss", "decoders", "masking", "feature_cache", "signs", "photos", "plots"},
+        {"checkpoint", "hooks", "loss", "decoders", "maps", "masking", "randomness", "signs", "photos", "plots"},
         {"data"},
-        {"models", "cams", "metrics", "trainer"},
+        {"attention", "models", "cams", "metrics", "feature_cache", "trainer"},
         {"scan"},
         {"cli"},
         {"__main__", "__init__"},

@@ -12,12 +12,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from scanlib import SCAN, load_target, small_vit
-from scanlib.cams import grad_cam, stretched
+from scanlib.cams import grad_cam
 from scanlib.data import Signs
 from scanlib.hooks import FeatureTap
+from scanlib.maps import stretched
 from scanlib.masking import blur_to_grid, mask_scores, percentile_of_positives
 from scanlib.metrics import class_score, evaluate
 from scanlib.models import CHECKPOINTS, Normalize
+from tests.test_attention import TinyTransformer
 
 
 class Killed(BaseException):
@@ -421,22 +423,69 @@ def test_confidence_and_reconstruction_from_the_decoders_output(tiny, images):
     assert reconstruction[0, 0, 0].tolist() == [0, 128, 191]
 
 
-def test_vit_chooses_the_transformer_decoder_and_warns_of_an_empty_gradient():
+@pytest.fixture
+def vit():
     torch.manual_seed(0)
     model = small_vit()
     nn.init.normal_(model.heads.head.weight)
+    return model
+
+
+def vit_scanner(model, layer, **options):
     loader = DataLoader(TensorDataset(torch.rand(4, 3, 64, 64) * 255, torch.zeros(4, dtype=torch.long)), 4)
-    scanner = (
-        SCAN(model, "encoder.layers.encoder_layer_4", (64, 64), device="cpu").set_preprocess(Normalize()).set_dataset(loader)
+    return SCAN(model, layer, (64, 64), device="cpu", **options).set_preprocess(Normalize()).set_dataset(loader)
+
+
+def test_token_layers_take_the_transformer_decoder_unless_told_otherwise(vit):
+    picture = torch.rand(3, 64, 64) * 255
+    scanner = vit_scanner(vit, "encoder.layers.encoder_layer_4")
+    for asked, kind in ((None, "TransformerDecoder"), (True, "TransformerDecoder"), (False, "ConvolutionalDecoder")):
+        scanner.generate_decoder(is_Transformer=asked).compile().fit(1, verbose=False)
+        assert type(scanner.decoder).__name__ == kind and scanner(picture)[0].shape == (64, 64)
+
+
+def test_the_last_blocks_output_gives_way_to_its_first_norm(vit, tmp_path):
+    said = (
+        "layer 'encoder.layers.encoder_layer_5' sends no gradient to the patch tokens .behind it the head reads the class token.; "
+        "moved to 'encoder.layers.encoder_layer_5.ln_1'"
     )
-    scanner.generate_decoder().compile().fit(1, verbose=False)
-    assert type(scanner.decoder).__name__ == "TransformerDecoder" and scanner(loader.dataset[0][0])[0].shape == (64, 64)
-    scanner.generate_decoder(is_Transformer=False).compile().fit(1, verbose=False)
-    assert scanner(loader.dataset[0][0])[0].shape == (64, 64)
-    last = SCAN(model, "encoder.layers.encoder_layer_5", (64, 64), device="cpu").set_preprocess(Normalize()).generate_decoder()
-    said = "2 of 2 images have no positive gradient at any place of layer 'encoder.layers.encoder_layer_5'"
+    scanner = vit_scanner(vit, "encoder.layers.encoder_layer_5")
     with pytest.warns(UserWarning, match=said):
-        last.extract(torch.rand(2, 3, 64, 64) * 255)
+        scanner.generate_decoder()
+    assert scanner.layer_name == "encoder.layers.encoder_layer_5.ln_1"
+    scanner.compile().fit(1, verbose=False)
+    scanner.save_decoder(tmp_path / "d.pt")
+    picture = torch.rand(3, 64, 64) * 255
+    for layer in ("encoder.layers.encoder_layer_5.ln_1", "encoder.layers.encoder_layer_5"):
+        again = vit_scanner(vit, layer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.testing.assert_close(again.load_decoder(tmp_path / "d.pt")(picture), scanner(picture))
+    unmasked = vit_scanner(vit, "encoder.layers.encoder_layer_5", use_gradient_mask=False).generate_decoder()
+    assert unmasked.layer_name == "encoder.layers.encoder_layer_5"  # needs no gradient, so it may stay
+    averaging = SCAN(TinyTransformer("mean"), "blocks.1", (8, 8), device="cpu")
+    assert averaging.layout.prefix == 1 and averaging.layer_name == "blocks.1"  # a head that reads the patches needs no advice
+
+
+def test_masked_tokens_against_a_plain_loop(vit):
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(4)) * 255
+    scanner = vit_scanner(vit, "encoder.layers.encoder_layer_4").generate_decoder()
+    features, scores = scanner.extract(images, [1, 2, 3])
+    masked = scanner._masked(features, scores, 90.0).detach().numpy()
+    with FeatureTap(vit, "encoder.layers.encoder_layer_4") as tap:
+        tap(Normalize()(images))
+        gradient, tokens = tap.gradient([1, 2, 3]).numpy(), tap.features.numpy()
+    assert masked.shape == (3, 65, 128)
+    for i in range(3):
+        positive = [g for g in gradient[i].ravel() if g > 0]
+        threshold = np.percentile(positive, 90)
+        expected = np.zeros_like(tokens[i])
+        for t in range(65):
+            for c in range(128):
+                if max(gradient[i, t, c], 0) >= threshold:
+                    expected[t, c] = tokens[i, t, c]
+        np.testing.assert_allclose(masked[i], expected, rtol=1e-6)
+        assert 0.03 < (expected != 0).mean() < 0.07  # a tenth of the positive half
 
 
 # --- the explainer call ---

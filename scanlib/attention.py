@@ -1,0 +1,247 @@
+"""Attention maps of vision transformers: which patches did the deciding token draw on?
+
+With A (B, heads, T, T) the attention weights of a block, softmax over keys, and s_c the score of a class:
+
+    rollout     J <- (I + mean_h A) / 2 @ J                     Abnar, Zuidema 2020, arXiv 2005.00928; knows no class
+    relevance   R <- R + mean_h relu(ds_c/dA * A) @ R           Chefer, Gur, Wolf 2021, arXiv 2103.15679, Eqs. 5-6
+    LeGrad      mean over blocks, heads, queries of relu(ds_c^l/dA^l)      Bousselham et al. 2024, arXiv 2404.03214
+
+    maps = AttentionRelevance(model, preprocess=preprocess)(images, target=3)           # (N, H, W) in [0, 1]
+
+The weights are computed where a module does not return them: ``AttentionWeights`` sees fused attention too.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from scanlib.hooks import Layout, Target, evaluating, logits_of, resolve_layer, target_scores
+from scanlib.maps import stretched
+
+# --- the formulas ---
+
+
+def attention_rollout(weights: Sequence[Tensor]) -> Tensor:
+    """Attention weights (B, heads, T, T) of each block, first to last -> (B, T, T): what each token drew from each patch."""
+    identity = torch.eye(weights[0].shape[-1], dtype=weights[0].dtype, device=weights[0].device)
+    joint = identity
+    for block in weights:
+        joint = (identity + block.mean(1)) / 2 @ joint  # the half: the residual connection; rows of both sum to one
+    return joint
+
+
+def attention_relevance(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Weights, and the score's gradient there, (B, heads, T, T) each -> relevance of each token for each, (B, T, T)."""
+    relevance = torch.eye(weights[0].shape[-1], dtype=weights[0].dtype, device=weights[0].device)
+    for block, gradient in zip(weights, gradients, strict=True):
+        relevance = relevance + (gradient * block).relu().mean(1) @ relevance
+    return relevance
+
+
+def legrad(gradients: Sequence[Tensor]) -> Tensor:
+    """Of each block's own score, the gradient at its attention weights, (B, heads, T, T) each -> (B, T)."""
+    return torch.stack([gradient.relu().mean((1, 2)) for gradient in gradients]).mean(0)
+
+
+# --- recording ---
+
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+
+
+class AttentionWeights(TorchFunctionMode):
+    """Inside ``with``, note the weights of every self-attention that runs, (B, heads, T, T), part of the autograd graph.
+
+    Catches ``F.scaled_dot_product_attention`` (timm, Hugging Face), ``nn.MultiheadAttention`` (torchvision), and attention
+    written out with a softmax. ``weights`` lists them in order; ``recording`` switches the notes off and on.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.weights: list[Tensor] = []
+        self.recording = True
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not self.recording:
+            return function(*args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        if function is F.multi_head_attention_forward:
+            call = inspect.signature(function).bind(*args, **kwargs)
+            call.apply_defaults()
+            plain = call.arguments["query"] is call.arguments["key"] is call.arguments["value"]
+            if plain and call.arguments["in_proj_weight"] is not None and call.arguments["bias_k"] is None:
+                return self._multi_head(**call.arguments)
+        output = function(*args, **kwargs)
+        if function in _SOFTMAX and output.ndim > 2 and output.shape[-1] == output.shape[-2]:
+            self._note(output)
+        return output
+
+    def _note(self, weights: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not weights.requires_grad:
+            weights.requires_grad_()  # a frozen model: the graph begins at its first attention
+        self.weights.append(weights)
+        return weights
+
+    def _attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+        """softmax(Q K^T / sqrt(d)) V with the weights noted; (B, heads, T, d) each."""
+        logits = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+        if attn_mask is not None:
+            logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+        return self._note(logits.softmax(-1)) @ value
+
+    def _multi_head(self, query, num_heads, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, **options):
+        """nn.MultiheadAttention on one sequence (T, B, C): project, attend, project."""
+        mask = options["attn_mask"]
+        if mask is not None and mask.dtype == torch.bool:
+            mask = ~mask  # there True hides, in scaled_dot_product_attention it shows
+        projected = F.linear(query, in_proj_weight, in_proj_bias).unflatten(-1, (3, num_heads, -1))
+        q, k, v = projected.permute(2, 1, 3, 0, 4)  # (B, heads, T, d) each
+        output = F.linear(self._attend(q, k, v, mask).permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
+        return output, self.weights[-1].mean(1) if options["need_weights"] else None
+
+
+# --- the explainers ---
+
+
+class _AttentionExplainer:
+    """The call every explainer answers, from a recording of every block's attention.
+
+    Args:
+        model: a vision transformer whose blocks attend over all patches; put in eval mode for the call, and back.
+        target_layer: the blocks to read, as a name, module, index or a list of them; None reads all.
+        preprocess: what turns images in [0, 255] into the model's input; None passes them on as they are.
+    """
+
+    def __init__(self, model: nn.Module, target_layer=None, preprocess: Callable[[Tensor], Tensor] | None = None):
+        self.model, self.preprocess = model, preprocess or (lambda images: images)
+        layers = [target_layer] if isinstance(target_layer, (str, int, nn.Module)) else target_layer
+        self.blocks = None if layers is None else [resolve_layer(model, layer)[1] for layer in layers]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Nothing to undo: hooks live for one call."""
+
+    def __call__(self, images: Tensor, target: Target = None, normalize: bool = True) -> Tensor:
+        """Images (N, 3, H, W) in [0, 255] -> maps (N, H, W) in [0, 1], on their device; normalize=False: the raw map
+        (N, h, w) on the patch grid.
+
+        target: None (predicted class), a class, one per image, or callables on an image's outputs. Raises ValueError for a
+        wrong count of classes, and for models whose attention is not over the whole picture.
+        """
+        if images.ndim != 4:
+            raise ValueError(f"images must be (N, 3, H, W), not {tuple(images.shape)}; put [None] behind a single one")
+        device = next(self.model.parameters(), images).device
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model):
+            inputs = self.preprocess(images.to(device))
+            tokens = self._tokens(inputs.clone() if inputs.is_inference() else inputs, target).detach()
+            tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        layout = Layout.infer((*tokens.shape, 1), tuple(inputs.shape[-2:]))
+        maps = tokens[:, layout.prefix :].unflatten(1, layout.grid)
+        return (stretched(maps, images.shape[-2:]) if normalize else maps).to(images.device)
+
+    def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
+        """Inputs -> what each token weighs, (N, T)."""
+        raise NotImplementedError
+
+    def _recorded(self, inputs: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """Run the model: attention weights (N, heads, T, T) of each block, logits (N, K), and the chosen blocks' outputs."""
+        recorder, outputs, handles = AttentionWeights(), [], []
+        recorder.recording = self.blocks is None
+
+        def start(*_):
+            recorder.recording = True
+
+        def stop(module, arguments, output):
+            recorder.recording = False
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        try:
+            for block in self.blocks or ():
+                handles += [block.register_forward_pre_hook(start), block.register_forward_hook(stop)]
+            with recorder:
+                logits = logits_of(self.model(inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        weights = recorder.weights
+        shapes = {tuple(block.shape) for block in weights}
+        if len(shapes) != 1 or len(weights[0].shape) != 4 or len(weights[0]) != len(inputs):
+            seen = f"attention of {', '.join(map(str, sorted(shapes)))}" if shapes else "no self-attention"
+            raise ValueError(
+                f"{type(self.model).__name__} shows {seen} for {len(inputs)} images; these maps need blocks that attend over the "
+                "whole picture, (images, heads, tokens, tokens); take SCAN or a CAM for this model"
+            )
+        return weights, logits, outputs
+
+
+def _read(pairs: Tensor, last_gradient: Tensor) -> Tensor:
+    """Rows of (N, T, T) that the head reads, averaged: (N, T).
+
+    Behind the last attention tokens no longer mix, so exactly the tokens that the head reads (the class token, or the patches
+    that it averages) have a gradient at their queries there.
+    """
+    reads = (last_gradient != 0).any(3).any(1).to(pairs.dtype)  # (N, T)
+    return (reads[:, None] @ pairs)[:, 0] / reads.sum(1, keepdim=True).clamp_min(1)
+
+
+class AttentionRollout(_AttentionExplainer):
+    """Attention rollout (Abnar, Zuidema 2020): attention and residuals multiplied through. The target makes no difference."""
+
+    def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
+        weights, logits, _ = self._recorded(inputs)
+        (last,) = torch.autograd.grad(target_scores(logits, target).sum(), weights[-1:])
+        return _read(attention_rollout([block.detach() for block in weights]), last)
+
+
+class AttentionRelevance(_AttentionExplainer):
+    """Generic attention explainability (Chefer, Gur, Wolf 2021): gradient times attention, positive part, accumulated."""
+
+    def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
+        weights, logits, _ = self._recorded(inputs)
+        gradients = torch.autograd.grad(target_scores(logits, target).sum(), weights)
+        return _read(attention_relevance([block.detach() for block in weights], gradients), gradients[-1])
+
+
+class LeGrad(_AttentionExplainer):
+    """LeGrad (Bousselham et al. 2024): how each block's own score answers to its attention.
+
+    A block's score s^l is what the model's head makes of the mean of its tokens. target None takes the class that the model
+    predicts. head: tokens (N, T, C) -> logits (N, K); None finds torchvision's and timm's.
+    """
+
+    def __init__(self, model, target_layer=None, preprocess=None, *, head: Callable[[Tensor], Tensor] | None = None):
+        if target_layer is None or head is None:
+            blocks, own_head = _blocks_and_head(model)
+            target_layer, head = blocks if target_layer is None else target_layer, head or own_head
+        super().__init__(model, target_layer, preprocess)
+        self.head = head
+
+    def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
+        weights, logits, outputs = self._recorded(inputs)
+        target = logits.argmax(1) if target is None else target
+        gradients = []
+        for block, tokens in zip(weights, outputs, strict=True):
+            pooled = tokens.mean(1, keepdim=True).expand_as(tokens)  # whichever token the head reads, it reads the mean
+            gradients += torch.autograd.grad(target_scores(self.head(pooled), target).sum(), block, retain_graph=True)
+        return legrad(gradients)
+
+
+def _blocks_and_head(model: nn.Module) -> tuple[list[nn.Module], Callable[[Tensor], Tensor]]:
+    if isinstance(model, torchvision.models.VisionTransformer):
+        return list(model.encoder.layers), lambda tokens: model.heads(model.encoder.ln(tokens)[:, 0])
+    if all(hasattr(model, name) for name in ("blocks", "norm", "forward_head")):  # timm
+        return list(model.blocks), lambda tokens: logits_of(model.forward_head(model.norm(tokens)))
+    raise ValueError(
+        f"the blocks and the head of {type(model).__name__} are not known; "
+        "pass target_layer=[its blocks] and head=a function from tokens (N, T, C) to logits (N, K)"
+    )
