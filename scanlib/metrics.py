@@ -56,6 +56,22 @@ def iou_at_area(maps: Tensor, masks: Tensor, seed: int = 0) -> Tensor:
     return hits / (2 * area - hits).clamp_min(1)
 
 
+def checkerboard(maps: Tensor, period: int = 2) -> Tensor:
+    """Dithering: share of each map's variance in waves ``period`` pixels long, across or down; (N, H, W) -> (N,) in [0, 1].
+
+    1 for a checkerboard at period 2 (the Nyquist frequency), near 0 for a smooth map. A decoder that doubles its grid n times
+    can leave waves of 2, 4, ..., 2**n of its own pixels. Raises ValueError when the period does not divide both sides.
+    """
+    height, width = maps.shape[1:]
+    if height % period or width % period:
+        raise ValueError(f"period {period} does not divide a map of {height} x {width}; take one that does")
+    power = torch.fft.fft2(maps - maps.mean((1, 2), keepdim=True)).abs().square()
+    down, across = (torch.arange(side, device=maps.device) * period % side == 0 for side in (height, width))
+    down, across = down & (torch.arange(height, device=maps.device) > 0), across & (torch.arange(width, device=maps.device) > 0)
+    waves = (power * (down[:, None] | across)).sum((1, 2))
+    return waves / power.sum((1, 2)).clamp_min(torch.finfo(maps.dtype).tiny)
+
+
 def mean_colour(images: Tensor) -> Tensor:
     """Each picture's mean colour, everywhere: (N, 3, H, W)."""
     return images.mean((2, 3), keepdim=True).expand_as(images)

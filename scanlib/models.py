@@ -95,7 +95,7 @@ class Target:
 
 BLOCK_NORMS = ("ln_1", "norm1", "layernorm_before")  # a transformer block's first LayerNorm: torchvision, timm, Hugging Face
 HEADS = ("classifier", "head", "heads", "fc", "AuxLogits")
-POOLS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Identity)
+NOT_FEATURES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Identity, nn.LayerNorm, torchvision.ops.Permute)
 
 SIGNS_MODELS = {"signs_cnn": (SmallResNet, "layer4"), "signs_vit": (small_vit, "encoder.layers.encoder_layer_4")}
 
@@ -184,7 +184,7 @@ def default_layer(model: nn.Module, size: int | tuple[int, int] = 224) -> str:
                 return
             if output.ndim == 3 and name.rpartition(".")[2] in BLOCK_NORMS:
                 norms.append(name)
-            elif output.ndim == 4 and min(output.shape[1:3]) > 1 and not isinstance(module, POOLS):
+            elif output.ndim == 4 and min(output.shape[1:3]) > 1 and not isinstance(module, NOT_FEATURES):
                 maps.append(name)
 
         return hook

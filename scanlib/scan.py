@@ -468,8 +468,10 @@ class SCAN:
             with FeatureTap(self.model, self.layer_name) as tap:
                 tap(probe)
                 layout = tap.layout
-                tokens = layout.kind == "BTC" and layout.prefix > 0 and self.use_gradient_mask
-                unread = tokens and not layout.to_maps(tap.gradient()).any()
+                unread = False
+                if self.use_gradient_mask and layout.prefix:
+                    gradient = tap.gradient()
+                    unread = bool(gradient[:, : layout.prefix].any()) and not gradient[:, layout.prefix :].any()
             if unread:
                 moved = default_layer(self.model, tuple(probe.shape[-2:]))
                 reason = (

@@ -445,10 +445,7 @@ def test_token_layers_take_the_transformer_decoder_unless_told_otherwise(vit):
 
 
 def test_the_last_blocks_output_gives_way_to_its_first_norm(vit, tmp_path):
-    said = (
-        "layer 'encoder.layers.encoder_layer_5' sends no gradient to the patch tokens .behind it the head reads the class token.; "
-        "moved to 'encoder.layers.encoder_layer_5.ln_1'"
-    )
+    said = "_5' sends no gradient to the patch tokens .behind it the head reads the class token.; moved to '.*_layer_5.ln_1'"
     scanner = vit_scanner(vit, "encoder.layers.encoder_layer_5")
     with pytest.warns(UserWarning, match=said):
         scanner.generate_decoder()
