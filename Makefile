@@ -38,7 +38,7 @@ links: .venv/installed               ## rewrite every badge and link after the a
 	@$(BIN)/python -c "open('$@', 'w')"
 
 .venv/installed-test: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,peers,timm]"
 	@$(BIN)/python -c "open('$@', 'w')"
 
 clean:

@@ -1,4 +1,4 @@
-"""Deletion and insertion on a folder of photographs: a trained decoder beside Grad-CAM and both baselines.
+"""Deletion and insertion on a folder of photographs: a trained decoder beside CAMs, attention maps and both baselines.
 
     python benchmarks/photographs.py FOLDER --decoder decoder.pt [--weights PATH] [--patch 16] [--percentile 95]
 
@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from scanlib import SCAN, FeatureTap, PhotoFolder, grad_cam, load_target
+from scanlib import SCAN, AttentionRelevance, AttentionRollout, FeatureTap, LeGrad, PhotoFolder, grad_cam, layer_cam, load_target
 from scanlib.checkpoint import load_checkpoint
 from scanlib.maps import stretched
 from scanlib.metrics import blurred, centre_maps, class_score, random_maps, removal_curves
@@ -33,9 +33,18 @@ def main() -> None:
     scanner.set_preprocess(target.preprocess).load_decoder(options.decoder)
     images = torch.stack([image for image, _ in PhotoFolder(options.folder, size[0])])
 
-    with FeatureTap(target.model, scanner.layer_name) as tap:
+    with FeatureTap(target.model, target.layer) as tap:  # the CAMs' usual layer, the last one
         classes = tap(target.preprocess(images)).argmax(1)
-        maps = {"Grad-CAM": stretched(grad_cam(tap.features, tap.gradient(classes)), size)}
+        features, gradient = tap.layout.to_maps(tap.features), tap.layout.to_maps(tap.gradient(classes))
+    maps = {
+        "Grad-CAM": stretched(grad_cam(features, gradient), size),
+        "Layer-CAM": stretched(layer_cam(features, gradient), size),
+    }
+    if tap.layout.kind == "BTC":
+        for method in (AttentionRollout, AttentionRelevance, LeGrad):
+            explain = method(target.model, preprocess=target.preprocess)
+            parts = zip(images.split(20), classes.split(20), strict=True)
+            maps[method.__name__] = torch.cat([explain(part, chosen) for part, chosen in parts])
     for percentile in options.percentile:
         maps[f"SCAN, P = {percentile:g}"] = scanner.explain(images, classes, percentile)
     maps |= {"random": random_maps(len(images), size), "centre prior": centre_maps(len(images), size)}

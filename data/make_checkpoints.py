@@ -1,16 +1,18 @@
-"""Train what ships in data/checkpoints, from nothing: the Signs classifier and its SCAN decoder.
+"""Train what ships in data/checkpoints, from nothing: the Signs classifiers and their SCAN decoders.
 
-python data/make_checkpoints.py                 # both, about 3 minutes on 2 CPU cores
+python data/make_checkpoints.py                 # all, about 12 minutes on 2 CPU cores
 python data/make_checkpoints.py signs_cnn       # one of them
 """
 
 import sys
 import time
+from functools import partial
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scanlib import SCAN, Signs, SmallResNet, Trainer, load_target
+from scanlib import SCAN, Signs, SmallResNet, Trainer, load_target, small_vit
 from scanlib.checkpoint import save_checkpoint
 from scanlib.models import CHECKPOINTS, Normalize
 from scanlib.trainer import Accuracy, classifier_step
@@ -22,39 +24,54 @@ def in_memory(scenes: Signs) -> TensorDataset:
     return TensorDataset(torch.stack(images), torch.tensor(labels))
 
 
-def train_signs_cnn() -> None:
-    torch.manual_seed(0)
-    model, epochs = SmallResNet().to(memory_format=torch.channels_last), 8
-    loader = DataLoader(in_memory(Signs(3000)), batch_size=64, shuffle=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, epochs * len(loader))
-    step = classifier_step(model, Normalize())
+def train_classifier(name: str, model: nn.Module, scenes: int, epochs: int, learning_rate: float, mirror: bool = False) -> None:
+    loader = DataLoader(in_memory(Signs(scenes)), batch_size=64, shuffle=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, epochs * len(loader))
+    plain = classifier_step(model, Normalize())
+
+    def step(batch, training):
+        images, labels = batch
+        if training and mirror:
+            images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
+        return plain((images, labels), training)
+
     trainer = Trainer(model, step, optimizer, scheduler, scheduler_interval="step", metrics=[Accuracy()])
     trainer.fit(loader, epochs)
-    save_checkpoint(
-        {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()},
-        CHECKPOINTS / "signs_cnn.pt",
-    )
+    half = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    save_checkpoint(half, CHECKPOINTS / f"{name}.pt")
 
 
-def train_signs_cnn_decoder() -> None:
+def train_signs_cnn() -> None:
     torch.manual_seed(0)
-    target, epochs = load_target("signs_cnn"), 4
-    loader = DataLoader(in_memory(Signs(3000)), batch_size=16, shuffle=True)
+    train_classifier("signs_cnn", SmallResNet().to(memory_format=torch.channels_last), 3000, 8, 3e-3)
+
+
+def train_signs_vit() -> None:
+    torch.manual_seed(0)
+    train_classifier("signs_vit", small_vit(), 10_000, 9, 1e-3, mirror=True)
+
+
+def train_decoder(name: str, alpha: float, epochs: int, batch_size: int, learning_rate: float, **decoder) -> None:
+    torch.manual_seed(0)
+    target = load_target(name)
+    loader = DataLoader(in_memory(Signs(3000)), batch_size=batch_size, shuffle=True)
     scanner = SCAN(target.model, target.layer, image_size=target.image_size, device="cpu").set_preprocess(target.preprocess)
-    scanner.set_dataset(loader).generate_decoder()
-    schedule = {"max_lr": 8e-3, "total_steps": epochs * len(loader)}
-    # alpha 6: a map of 1/7 of the picture; a sign covers about a tenth
-    scanner.compile(
-        6.0, scheduler_class=torch.optim.lr_scheduler.OneCycleLR, scheduler_kwargs=schedule, scheduler_interval="step"
-    )
+    scanner.set_dataset(loader).generate_decoder(**decoder)
+    schedule = {"max_lr": learning_rate, "total_steps": epochs * len(loader)}
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR
+    scanner.compile(alpha, scheduler_class=one_cycle, scheduler_kwargs=schedule, scheduler_interval="step")
     scanner.fit(epochs)
-    scanner.save_decoder(
-        CHECKPOINTS / "signs_cnn_decoder.pt", half=True, notes={"model": "signs_cnn", "weights": "DEFAULT", "layer": target.layer}
-    )
+    notes = {"model": name, "weights": "DEFAULT", "layer": target.layer}
+    scanner.save_decoder(CHECKPOINTS / f"{name}_decoder.pt", half=True, notes=notes)
 
 
-RECIPES = {"signs_cnn": train_signs_cnn, "signs_cnn_decoder": train_signs_cnn_decoder}
+RECIPES = {
+    "signs_cnn": train_signs_cnn,
+    "signs_cnn_decoder": partial(train_decoder, "signs_cnn", 6.0, 4, 16, 8e-3),  # alpha 6: a map of 1/7; a sign covers a tenth
+    "signs_vit": train_signs_vit,
+    "signs_vit_decoder": partial(train_decoder, "signs_vit", 8.0, 6, 32, 5e-3, is_Transformer=False),
+}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or RECIPES:

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="train a decoder for one layer of a classifier", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     train.set_defaults(command=train_command)
-    train.add_argument("--model", required=True, help="signs_cnn, or any torchvision classifier")
+    train.add_argument("--model", required=True, help="signs_cnn, signs_vit, vit_tiny, or any torchvision classifier")
     train.add_argument("--weights", default="DEFAULT", help="a state dict's path, DEFAULT, or none for random weights")
     train.add_argument("--layer", help="target layer by name; left out, the model's default layer")
     train.add_argument("--data", required=True, help="a folder of pictures (flat, or one folder a class), or signs")
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--widths", type=int, nargs="+", help="decoder widths at strides 4, 8, 16, 32; left out, they fit the layer"
     )
+    train.add_argument("--decoder-kind", choices=("convolutional", "transformer"), help="left out, it fits the layer")
     train.add_argument("--output-stride", type=int, help="picture pixels per decoded pixel; left out, 4x the feature grid")
     train.add_argument("--upsampling", choices=("bilinear", "transposed"), help="left out, it fits the decoder")
     train.add_argument("--image-size", type=int, help="pixels a side; left out, the model's own")
@@ -119,7 +120,9 @@ def train_command(options) -> None:
     scanner.set_dataset(loader, tuple(options.percentiles))
     if kept:
         scanner.set_validation_dataset(DataLoader(validation, options.batch_size, num_workers=options.workers))
-    scanner.generate_decoder(ch_per_lv=options.widths, output_stride=options.output_stride, upsampling=options.upsampling)
+    transformer = options.decoder_kind and options.decoder_kind == "transformer"
+    scanner.generate_decoder(transformer, options.widths, output_stride=options.output_stride, upsampling=options.upsampling)
+    layer = scanner.layer_name  # it may have moved
     schedule = {"max_lr": options.learning_rate, "total_steps": max(1, options.epochs * len(loader))}
     scanner.compile(
         options.alpha, scheduler_class=torch.optim.lr_scheduler.OneCycleLR, scheduler_kwargs=schedule, scheduler_interval="step"

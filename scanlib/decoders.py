@@ -81,10 +81,10 @@ def decoder_levels(grid: Sequence[int], image_size: Sequence[int], output_stride
     return full, int(doublings)
 
 
-def _widths(channels: int, full: int, ch_per_lv: Sequence[int] | None) -> list[int]:
-    """Channels at the grid and after each doubling; left out, the published ones, scaled down for layers under 512 channels."""
+def _widths(channels: int, full: int, ch_per_lv: Sequence[int] | None, full_widths_from: int) -> list[int]:
+    """Channels at the grid and after each doubling; left out, the published ones, scaled down for layers with fewer channels."""
     if ch_per_lv is None:
-        scale = min(1.0, channels / 512)
+        scale = min(1.0, channels / full_widths_from)
         # multiples of 32, rounded down: the convolutions' vector units are filled
         ch_per_lv, tail = ([max(32, 32 * int(width * scale / 32)) for width in group] for group in (PUBLISHED_WIDTHS, (128, 64)))
     else:
@@ -111,15 +111,18 @@ class ConvolutionalDecoder(_Decoder):
     Args:
         in_channels, grid: channels and (h, w) of the target layer.
         image_size: (H, W) of the pictures.
-        ch_per_lv: widths at strides 4, 8, 16, 32; None scales the published (192, 256, 384, 512) by channels / 512, at most 1.
+        ch_per_lv: widths at strides 4, 8, 16, 32; None scales the published (192, 256, 384, 512), see full_widths_from.
         output_stride: picture pixels per decoded pixel, a power of two; None decodes at four times the grid, 1 in full.
         upsampling: "transposed" (as published; on CNN features it learns fastest) or "bilinear" behind a 3x3 convolution (no
             checkerboard).
+        full_widths_from: layers with this many channels or more get the published widths, others their share of them.
     """
 
-    def __init__(self, in_channels, grid, image_size, ch_per_lv=None, output_stride=None, upsampling="transposed"):
+    def __init__(
+        self, in_channels, grid, image_size, ch_per_lv=None, output_stride=None, upsampling="transposed", full_widths_from=512
+    ):
         full, doublings = decoder_levels(grid, image_size, output_stride)
-        widths = _widths(in_channels, full, ch_per_lv)
+        widths = _widths(in_channels, full, ch_per_lv, full_widths_from)
         super().__init__(widths, doublings, upsampling)
         self.project = nn.Conv2d(in_channels, widths[0], 1)
 
@@ -131,8 +134,9 @@ class TransformerDecoder(_Decoder):
     """(B, prefix + h * w, in_channels) masked tokens -> (B, 4, h', w').
 
     Four post-norm encoder blocks read the tokens; then the prefix tokens go, the rest is folded to the grid, and it goes up as
-    in the convolutional decoder, bilinearly: on tokens transposed convolutions end in a checkerboard. heads: None takes the
-    largest number up to 12 that divides the width. The other arguments are ConvolutionalDecoder's.
+    in the convolutional decoder, bilinearly: on tokens transposed convolutions end in a checkerboard. Tokens say more in fewer
+    channels than a CNN's maps, so the published widths begin at 256. heads: None takes the largest number up to 12 that divides
+    the width. The other arguments are ConvolutionalDecoder's.
     """
 
     def __init__(
@@ -146,9 +150,10 @@ class TransformerDecoder(_Decoder):
         upsampling="bilinear",
         depth=4,
         heads=None,
+        full_widths_from=256,
     ):
         full, doublings = decoder_levels(grid, image_size, output_stride)
-        widths = _widths(in_channels, full, ch_per_lv)
+        widths = _widths(in_channels, full, ch_per_lv, full_widths_from)
         super().__init__(widths, doublings, upsampling)
         heads = heads or dividing_heads(in_channels)
         self.blocks = nn.Sequential(*(TransformerBlock(in_channels, heads) for _ in range(depth)))

@@ -97,11 +97,12 @@ BLOCK_NORMS = ("ln_1", "norm1", "layernorm_before")  # a transformer block's fir
 HEADS = ("classifier", "head", "heads", "fc", "AuxLogits")
 NOT_FEATURES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Identity, nn.LayerNorm, torchvision.ops.Permute)
 
-SIGNS_MODELS = {"signs_cnn": (SmallResNet, "layer4"), "signs_vit": (small_vit, "encoder.layers.encoder_layer_4")}
+SIGNS_MODELS = {"signs_cnn": (SmallResNet, "layer4"), "signs_vit": (small_vit, "encoder.layers.encoder_layer_1")}
 
 
 def load_target(name: str, weights: str | os.PathLike | None = "DEFAULT") -> Target:
-    """Build a classifier by name: "signs_cnn", "signs_vit", or any torchvision classifier ("resnet50", "squeezenet1_1").
+    """Build a classifier by name: "signs_cnn", "signs_vit", any torchvision classifier ("resnet50", "squeezenet1_1"), or
+    "vit_tiny", torchvision's VisionTransformer in a size that it does not list (12 blocks, 192 wide, patches of 16).
 
     weights: "DEFAULT" for the shipped or torchvision's weights, None for random ones, or the path of a state dict.
 
@@ -124,10 +125,22 @@ def load_target(name: str, weights: str | os.PathLike | None = "DEFAULT") -> Tar
     return Target(model.eval(), preprocess, layer, classes, (size, size))
 
 
+def _vit_tiny_target(weights):
+    if weights == "DEFAULT":
+        raise FileNotFoundError(
+            "vit_tiny has no weights of torchvision's; pass the path of a state dict in its layout, or weights=None"
+        )
+    model = torchvision.models.VisionTransformer(224, 16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
+    classes = torchvision.models.ViT_B_16_Weights.DEFAULT.meta["categories"]
+    return model, weights, 224, list(classes), Normalize((0.5,) * 3, (0.5,) * 3)
+
+
 def _torchvision_target(name: str, weights):
+    if name == "vit_tiny":
+        return _vit_tiny_target(weights)
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
-        close = difflib.get_close_matches(name, [*names, *SIGNS_MODELS], n=5) or list(SIGNS_MODELS)
+        close = difflib.get_close_matches(name, [*names, *SIGNS_MODELS, "vit_tiny"], n=5) or list(SIGNS_MODELS)
         raise ValueError(f"model {name!r} is not known; close matches: {', '.join(close)}")
     # these two scale their input themselves, as their weights were trained; torchvision says so only when it loads them
     options = {"init_weights": True, "transform_input": weights is not None} if name in ("googlenet", "inception_v3") else {}

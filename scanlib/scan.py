@@ -121,11 +121,13 @@ class SCAN:
     ) -> "SCAN":
         """Build the decoder for this layer.
 
-        is_Transformer: None takes the transformer decoder for token layers and the convolutional one else.
-        The other arguments are the decoders', None their defaults: see ``ConvolutionalDecoder``.
+        is_Transformer: None takes the transformer decoder for token layers and the convolutional one else. False on a token layer
+        folds the tokens to their grid first. The other arguments are the decoders', None their defaults: see
+        ``ConvolutionalDecoder``; tokens are up-sampled bilinearly.
         """
         layout = self.layout
-        transformer = layout.kind == "BTC" if is_Transformer is None else is_Transformer
+        tokens = layout.kind == "BTC"
+        transformer = tokens if is_Transformer is None else is_Transformer
         config = {
             "decoder": "TransformerDecoder" if transformer else "ConvolutionalDecoder",
             "in_channels": layout.channels,
@@ -133,7 +135,8 @@ class SCAN:
             "image_size": list(self.image_size),
             "ch_per_lv": list(ch_per_lv) if ch_per_lv is not None else None,
             "output_stride": output_stride,
-            "upsampling": upsampling or ("bilinear" if transformer else "transposed"),
+            "upsampling": upsampling or ("bilinear" if tokens or transformer else "transposed"),
+            "full_widths_from": 256 if tokens or transformer else 512,
         }
         if transformer:
             config["prefix"] = layout.prefix

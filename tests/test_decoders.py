@@ -31,6 +31,14 @@ def test_published_widths_from_512_channels_on_and_scaled_below():
     assert widths(ConvolutionalDecoder(64, (7, 7), (224, 224), (192, 256, 384, 512), 1)) == [512, 384, 256, 192, 128]
 
 
+def test_token_decoders_have_the_published_widths_from_256_channels_on():
+    widths = lambda decoder: [decoder.project.out_channels, *(level.up[0].out_channels for level in decoder.up)]  # noqa: E731
+    assert widths(TransformerDecoder(256, (14, 14), (224, 224), depth=1)) == [384, 256, 192]
+    assert widths(TransformerDecoder(128, (8, 8), (64, 64), depth=1)) == [128, 96, 64]
+    folded = ConvolutionalDecoder(128, (8, 8), (64, 64), upsampling="bilinear", full_widths_from=256)
+    assert widths(folded) == [128, 96, 64]
+
+
 def test_every_parameter_is_there_before_the_first_forward_and_is_trained():
     decoder = ConvolutionalDecoder(24, (8, 8), (64, 64))
     parameters = list(decoder.parameters())

@@ -4,6 +4,7 @@ import torch
 from scanlib.metrics import (
     blurred,
     centre_maps,
+    checkerboard,
     class_score,
     energy_inside,
     evaluate,
@@ -92,3 +93,17 @@ def test_class_score():
     index = torch.tensor([3, 0])
     expected = model(images[index] / 255).softmax(1)[torch.arange(2), classes[index]]
     torch.testing.assert_close(class_score(model, lambda x: x / 255, classes)(images[index], index), expected)
+
+
+def test_checkerboard_by_hand():
+    y, x = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
+    board, stripes, wide = (x + y) % 2, x % 2, x // 2 % 2
+    ramp = torch.nn.functional.interpolate(torch.rand(1, 1, 4, 4, dtype=torch.float64), size=(16, 16), mode="bilinear")[0, 0]
+    maps = torch.stack([board, stripes, wide, torch.ones(16, 16), ramp]).double()
+    assert checkerboard(maps).tolist()[:4] == pytest.approx([1, 1, 0, 0])
+    assert checkerboard(maps, 4).tolist()[:4] == pytest.approx([1, 1, 1, 0])
+    assert checkerboard(maps)[4] < 0.02
+    half = (board.double() - 0.5) + 0.5 * torch.cos(x * 2 * torch.pi / 16) * 2**0.5  # equal variances: a half of each
+    assert float(checkerboard(half[None])) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="period 3 does not divide a map of 16 x 16"):
+        checkerboard(maps, 3)

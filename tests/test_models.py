@@ -4,6 +4,7 @@ import torchvision
 
 from scanlib import Signs, SmallResNet, load_target, small_vit
 from scanlib.cams import grad_cam
+from scanlib.hooks import FeatureTap
 from scanlib.maps import stretched
 from scanlib.models import Normalize, default_layer
 
@@ -81,6 +82,17 @@ def test_inputs_are_scaled_as_the_weights_were_trained(tmp_path):
     assert swin.layer == "encoder.layers.encoder_layer_11.ln_1" and len(swin.classes) == 1000
 
 
+def test_vit_tiny(tmp_path):
+    target = load_target("vit_tiny", None)
+    assert target.layer == "encoder.layers.encoder_layer_11.ln_1" and len(target.classes) == 1000
+    assert target.preprocess(torch.full((1, 3, 1, 1), 255.0)).flatten().tolist() == [1, 1, 1]
+    torch.save(target.model.state_dict(), tmp_path / "w.pth")
+    loaded = load_target("vit_tiny", tmp_path / "w.pth").model.state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in target.model.state_dict().items())
+    with pytest.raises(FileNotFoundError, match="vit_tiny has no weights of torchvision's; pass the path of a state dict"):
+        load_target("vit_tiny")
+
+
 def test_files_that_are_no_state_dict(tmp_path):
     for content in (torch.ones(3), {"state_dict": 3}):
         torch.save(content, tmp_path / "w.pth")
@@ -110,3 +122,66 @@ def test_grad_cam_by_hand():
     assert grad_cam(acts, grads).tolist() == [[[0, 0], [0, 1]]]
     assert stretched(torch.tensor([[[2.0, 4], [3, 2]]]), (2, 2)).tolist() == [[[0, 1], [0.5, 0]]]
     assert stretched(torch.ones(1, 2, 2), (4, 4)).eq(0).all()
+
+
+SMALL = {
+    "alexnet": 64,
+    "vgg11": 64,
+    "squeezenet1_1": 64,
+    "densenet121": 64,
+    "googlenet": 64,
+    "inception_v3": 107,  # with its auxiliary head
+    "mobilenet_v3_small": 64,
+    "mnasnet0_5": 64,
+    "shufflenet_v2_x0_5": 64,
+    "efficientnet_b0": 64,
+    "regnet_y_400mf": 64,
+    "convnext_tiny": 64,
+    "swin_t": 64,
+    "swin_v2_t": 64,
+    "maxvit_t": 224,
+}
+
+
+@pytest.mark.parametrize(("name", "size"), SMALL.items())
+def test_every_family_gives_a_layer_its_features_and_their_gradient(name, size):
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, weights=None, **options).eval()
+    layer = default_layer(model, size)
+    with FeatureTap(model, layer) as tap:
+        logits = tap(torch.rand(1, 3, size, size))
+        maps = tap.layout.to_maps(tap.gradient(3))
+    assert logits.shape == (1, 1000) and maps.shape[-2:] == tap.layout.grid and min(tap.layout.grid) > 1
+    assert tap.layout.kind == ("BHWC" if "swin" in name else "BCHW")
+    assert maps.isfinite().all() and maps.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "prefix"),
+    [
+        ("vit_tiny_patch16_224", 224, 1),
+        ("deit_tiny_distilled_patch16_224", 224, 2),
+        ("vit_small_patch14_reg4_dinov2", 70, 5),
+        ("vit_medium_patch16_reg4_gap_256", 256, 4),
+        ("convnext_atto", 64, 0),
+        ("resnest26d", 64, 0),
+    ],
+)
+def test_timms_models_too(name, size, prefix):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    options = {"img_size": size} if "dinov2" in name else {}
+    model = timm.create_model(name, pretrained=False, num_classes=7, **options).eval()
+    with FeatureTap(model, default_layer(model, size)) as tap:
+        assert tap(torch.rand(1, 3, size, size)).shape == (1, 7)
+        assert tap.layout.prefix == prefix and tap.layout.to_maps(tap.gradient(3)).any()
+
+
+def test_shipped_vit_on_fresh_scenes():
+    target = load_target("signs_vit")
+    images, labels = zip(*Signs(200, seed=7), strict=True)
+    with torch.no_grad():
+        predicted = target.model(target.preprocess(torch.stack(images))).argmax(1)
+    assert (predicted == torch.tensor(labels)).float().mean() >= 0.95
+    assert target.layer == "encoder.layers.encoder_layer_1"

@@ -12,12 +12,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from scanlib import SCAN, load_target, small_vit
-from scanlib.cams import grad_cam
+from scanlib.cams import grad_cam, layer_cam
 from scanlib.data import Signs
 from scanlib.hooks import FeatureTap
 from scanlib.maps import stretched
 from scanlib.masking import blur_to_grid, mask_scores, percentile_of_positives
-from scanlib.metrics import class_score, evaluate
+from scanlib.metrics import checkerboard, class_score, evaluate
 from scanlib.models import CHECKPOINTS, Normalize
 from tests.test_attention import TinyTransformer
 
@@ -613,6 +613,27 @@ def test_shipped_decoder_on_fresh_scenes():
     assert ours["energy"] >= 0.57 and ours["peak"] >= 0.85 and ours["IoU"] > theirs["IoU"]
     assert ours["deletion"] <= theirs["deletion"] and ours["insertion"] >= theirs["insertion"] - 0.01
     assert sum(path.stat().st_size for path in CHECKPOINTS.glob("signs_cnn*.pt")) < 4e6
+
+
+def test_shipped_vit_decoder_on_fresh_scenes():
+    target = load_target("signs_vit")
+    scanner = SCAN(target.model, target.layer, target.image_size, device="cpu").set_preprocess(target.preprocess)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scanner.load_decoder(CHECKPOINTS / "signs_vit_decoder.pt")
+    images, _, masks = map(list, zip(*Signs(200, seed=77, masks=True), strict=True))
+    images, masks = torch.stack(images), torch.stack(masks)
+    with FeatureTap(target.model, target.layer) as tap:
+        classes = tap(target.preprocess(images)).argmax(1)
+        cam = stretched(layer_cam(tap.layout.to_maps(tap.features), tap.layout.to_maps(tap.gradient(classes))), (64, 64))
+    score = class_score(target.model, target.preprocess, classes)
+    ours = evaluate(scanner.explain(images, classes), masks, images, score)
+    theirs = evaluate(cam, masks, images, score)
+    assert ours["energy"] >= 0.45 and ours["peak"] >= 0.82 and ours["IoU"] >= 0.48 and ours["insertion"] >= 0.89
+    assert all(ours[name] > theirs[name] for name in ("energy", "peak", "IoU")) and ours["deletion"] < theirs["deletion"]
+    raw = scanner.explain(images, classes, normalize=False)
+    assert checkerboard(raw).mean() < 0.005 and checkerboard(raw, 4).mean() < 0.005  # no dithering
+    assert sum(path.stat().st_size for path in CHECKPOINTS.glob("signs_vit*.pt")) < 4e6
 
 
 # --- bad input: one line that says what would work ---
