@@ -12,7 +12,9 @@ The weights are computed where a module does not return them: ``AttentionWeights
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from scanlib.hooks import Layout, Target, evaluating, logits_of, resolve_layer, target_scores
+from scanlib.hooks import USUAL_PREFIX_TOKENS, Layout, Target, evaluating, logits_of, resolve_layer, target_scores
 from scanlib.maps import stretched
 
 # --- the formulas ---
@@ -54,41 +56,43 @@ _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
 class AttentionWeights(TorchFunctionMode):
-    """Inside ``with``, note the weights of every self-attention that runs, (B, heads, T, T), part of the autograd graph.
+    """Inside ``with``, note the weights of every attention that runs, (B, heads, T, T), part of the autograd graph.
 
     Catches ``F.scaled_dot_product_attention`` (timm, Hugging Face), ``nn.MultiheadAttention`` (torchvision), and attention
-    written out with a softmax. ``weights`` lists them in order; ``recording`` switches the notes off and on.
+    written out with a softmax. ``weights`` lists them in order; ``missed`` counts those that could not be taken down (grouped
+    queries, hidden keys, dropout while training).
     """
 
     def __init__(self):
         super().__init__()
         self.weights: list[Tensor] = []
-        self.recording = True
+        self.missed = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not self.recording:
-            return function(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
-            return self._attend(*args, **kwargs)
-        if function is F.multi_head_attention_forward:
-            call = inspect.signature(function).bind(*args, **kwargs)
-            call.apply_defaults()
-            plain = call.arguments["query"] is call.arguments["key"] is call.arguments["value"]
-            if plain and call.arguments["in_proj_weight"] is not None and call.arguments["bias_k"] is None:
-                return self._multi_head(**call.arguments)
+            call = _call(_scaled_dot_product_attention, args, kwargs)
+            if not call["enable_gqa"] and call["dropout_p"] == 0:
+                return self._attend(**call)
+            self.missed += 1
+        elif function is F.multi_head_attention_forward:
+            call = _call(function, args, kwargs)
+            if _is_plain(call):
+                return self._multi_head(**call)
+            self.missed += 1
         output = function(*args, **kwargs)
         if function in _SOFTMAX and output.ndim > 2 and output.shape[-1] == output.shape[-2]:
-            self._note(output)
+            return self._note(output)
         return output
 
     def _note(self, weights: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not weights.requires_grad:
-            weights.requires_grad_()  # a frozen model: the graph begins at its first attention
         self.weights.append(weights)
-        return weights
+        if not torch.is_grad_enabled() or weights.requires_grad:
+            return weights
+        weights.requires_grad_()  # a frozen model: the graph begins at its first attention
+        return weights.clone()  # the model may go on in place
 
-    def _attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+    def _attend(self, query, key, value, attn_mask=None, is_causal=False, scale=None, **_):
         """softmax(Q K^T / sqrt(d)) V with the weights noted; (B, heads, T, d) each."""
         logits = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:
@@ -99,13 +103,40 @@ class AttentionWeights(TorchFunctionMode):
 
     def _multi_head(self, query, num_heads, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, **options):
         """nn.MultiheadAttention on one sequence (T, B, C): project, attend, project."""
-        mask = options["attn_mask"]
-        if mask is not None and mask.dtype == torch.bool:
-            mask = ~mask  # there True hides, in scaled_dot_product_attention it shows
         projected = F.linear(query, in_proj_weight, in_proj_bias).unflatten(-1, (3, num_heads, -1))
         q, k, v = projected.permute(2, 1, 3, 0, 4)  # (B, heads, T, d) each
-        output = F.linear(self._attend(q, k, v, mask).permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
-        return output, self.weights[-1].mean(1) if options["need_weights"] else None
+        mixed = self._attend(q, k, v, options["attn_mask"])
+        output = F.linear(mixed.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
+        if not options["need_weights"]:
+            return output, None
+        return output, self.weights[-1].mean(1) if options["average_attn_weights"] else self.weights[-1]
+
+
+def _scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """The signature of torch's, which is built in and does not tell it."""
+
+
+def _call(function, args, kwargs) -> dict:
+    call = inspect.signature(function).bind(*args, **kwargs)
+    call.apply_defaults()
+    return call.arguments
+
+
+def _is_plain(call: dict) -> bool:
+    """Self-attention without anything that ``_multi_head`` leaves out."""
+    mask = call["attn_mask"]
+    return (
+        call["query"] is call["key"] is call["value"]
+        and call["query"].ndim == 3
+        and call["in_proj_weight"] is not None
+        and call["bias_k"] is None
+        and call["key_padding_mask"] is None
+        and not call["add_zero_attn"]
+        and not (call["training"] and call["dropout_p"])
+        and (mask is None or (mask.ndim == 2 and mask.is_floating_point()))
+    )
 
 
 # --- the explainers ---
@@ -122,8 +153,10 @@ class _AttentionExplainer:
 
     def __init__(self, model: nn.Module, target_layer=None, preprocess: Callable[[Tensor], Tensor] | None = None):
         self.model, self.preprocess = model, preprocess or (lambda images: images)
-        layers = [target_layer] if isinstance(target_layer, (str, int, nn.Module)) else target_layer
-        self.blocks = None if layers is None else [resolve_layer(model, layer)[1] for layer in layers]
+        layers = target_layer if isinstance(target_layer, (list, tuple)) else [target_layer]
+        if not layers:
+            raise ValueError(f"target_layer {target_layer!r} is empty; give a block, a list of them, or None for all")
+        self.blocks = None if target_layer is None else [resolve_layer(model, layer)[1] for layer in layers]
 
     def __enter__(self):
         return self
@@ -138,14 +171,18 @@ class _AttentionExplainer:
         target: None (predicted class), a class, one per image, or callables on an image's outputs. Raises ValueError for a
         wrong count of classes, and for models whose attention is not over the whole picture.
         """
-        if images.ndim != 4:
-            raise ValueError(f"images must be (N, 3, H, W), not {tuple(images.shape)}; put [None] behind a single one")
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+            seen = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images must be a tensor (N, 3, H, W), not {seen}; put [None] behind a single one")
         device = next(self.model.parameters(), images).device
         with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model):
             inputs = self.preprocess(images.to(device))
-            tokens = self._tokens(inputs.clone() if inputs.is_inference() else inputs, target).detach()
-            tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+            tokens = self._tokens(inputs.clone() if inputs.is_inference() else inputs, target)
         layout = Layout.infer((*tokens.shape, 1), tuple(inputs.shape[-2:]))
+        if layout.prefix > USUAL_PREFIX_TOKENS:
+            raise ValueError(
+                f"{type(self.model).__name__} attends over {tokens.shape[1]} things, no grid of patches; take SCAN or a CAM"
+            )
         maps = tokens[:, layout.prefix :].unflatten(1, layout.grid)
         return (stretched(maps, images.shape[-2:]) if normalize else maps).to(images.device)
 
@@ -153,16 +190,15 @@ class _AttentionExplainer:
         """Inputs -> what each token weighs, (N, T)."""
         raise NotImplementedError
 
-    def _recorded(self, inputs: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        """Run the model: attention weights (N, heads, T, T) of each block, logits (N, K), and the chosen blocks' outputs."""
-        recorder, outputs, handles = AttentionWeights(), [], []
-        recorder.recording = self.blocks is None
+    def _recorded(self, inputs: Tensor) -> "_Recording":
+        """Run the model and take its attention down."""
+        recorder, spans, outputs, handles = AttentionWeights(), [], [], []
 
         def start(*_):
-            recorder.recording = True
+            spans.append([len(recorder.weights)])
 
         def stop(module, arguments, output):
-            recorder.recording = False
+            spans[-1].append(len(recorder.weights))
             outputs.append(output[0] if isinstance(output, tuple) else output)
 
         try:
@@ -173,50 +209,78 @@ class _AttentionExplainer:
         finally:
             for handle in handles:
                 handle.remove()
-        weights = recorder.weights
+        weights, name = recorder.weights, type(self.model).__name__
         shapes = {tuple(block.shape) for block in weights}
-        if len(shapes) != 1 or len(weights[0].shape) != 4 or len(weights[0]) != len(inputs):
+        if recorder.missed or len(shapes) != 1 or weights[0].ndim != 4 or len(weights[0]) != len(inputs):
             seen = f"attention of {', '.join(map(str, sorted(shapes)))}" if shapes else "no self-attention"
+            seen += f" and {recorder.missed} that could not be taken down" if recorder.missed else ""
             raise ValueError(
-                f"{type(self.model).__name__} shows {seen} for {len(inputs)} images; these maps need blocks that attend over the "
+                f"{name} shows {seen} for {len(inputs)} images; these maps need blocks that attend over the "
                 "whole picture, (images, heads, tokens, tokens); take SCAN or a CAM for this model"
             )
-        return weights, logits, outputs
+        counts = [last - first for first, last in spans] + [0] * (len(self.blocks or ()) - len(spans))  # 0: it did not run
+        if any(count != 1 for count in counts):
+            raise ValueError(f"blocks in target_layer run {counts} attentions; give blocks that run, with one attention each")
+        return _Recording(weights, [weights[first] for first, _ in spans] or weights, logits, outputs)
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """Attention weights (N, heads, T, T) of all blocks and of the chosen ones, the logits, the chosen blocks' outputs."""
+
+    weights: list[Tensor]
+    chosen: list[Tensor]
+    logits: Tensor
+    outputs: list[Tensor]
+
+    def gradients(self, target: Target) -> list[Tensor]:
+        """The score's gradient at each of all blocks' weights."""
+        return list(map(_exact, torch.autograd.grad(target_scores(self.logits, target).sum(), self.weights)))
+
+
+def _exact(x: Tensor) -> Tensor:
+    """Detached, in single precision or better: products over many blocks want it."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _read(pairs: Tensor, last_gradient: Tensor) -> Tensor:
     """Rows of (N, T, T) that the head reads, averaged: (N, T).
 
-    Behind the last attention tokens no longer mix, so exactly the tokens that the head reads (the class token, or the patches
-    that it averages) have a gradient at their queries there.
+    Behind the model's last attention tokens no longer mix, so exactly the tokens that the head reads (the class token, or the
+    patches that it averages) have a gradient at their queries there.
     """
     reads = (last_gradient != 0).any(3).any(1).to(pairs.dtype)  # (N, T)
-    return (reads[:, None] @ pairs)[:, 0] / reads.sum(1, keepdim=True).clamp_min(1)
+    count = reads.sum(1, keepdim=True)
+    if not count.all():
+        empty = int((count == 0).sum())
+        warnings.warn(f"the score of {empty} images has no gradient at the last attention, so their maps are empty", stacklevel=4)
+    return (reads[:, None] @ pairs)[:, 0] / count.clamp_min(1)
 
 
 class AttentionRollout(_AttentionExplainer):
     """Attention rollout (Abnar, Zuidema 2020): attention and residuals multiplied through. The target makes no difference."""
 
     def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
-        weights, logits, _ = self._recorded(inputs)
-        (last,) = torch.autograd.grad(target_scores(logits, target).sum(), weights[-1:])
-        return _read(attention_rollout([block.detach() for block in weights]), last)
+        seen = self._recorded(inputs)
+        return _read(attention_rollout(list(map(_exact, seen.chosen))), seen.gradients(target)[-1])
 
 
 class AttentionRelevance(_AttentionExplainer):
     """Generic attention explainability (Chefer, Gur, Wolf 2021): gradient times attention, positive part, accumulated."""
 
     def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
-        weights, logits, _ = self._recorded(inputs)
-        gradients = torch.autograd.grad(target_scores(logits, target).sum(), weights)
-        return _read(attention_relevance([block.detach() for block in weights], gradients), gradients[-1])
+        seen = self._recorded(inputs)
+        gradients = seen.gradients(target)
+        at = {id(block): gradient for block, gradient in zip(seen.weights, gradients, strict=True)}
+        relevance = attention_relevance(list(map(_exact, seen.chosen)), [at[id(block)] for block in seen.chosen])
+        return _read(relevance, gradients[-1])
 
 
 class LeGrad(_AttentionExplainer):
     """LeGrad (Bousselham et al. 2024): how each block's own score answers to its attention.
 
-    A block's score s^l is what the model's head makes of the mean of its tokens. target None takes the class that the model
-    predicts. head: tokens (N, T, C) -> logits (N, K); None finds torchvision's and timm's.
+    A block's score s^l is what the model's head makes of the mean of its tokens, so target_layer takes whole blocks. target None
+    takes the class that the model predicts. head: tokens (N, T, C) -> logits (N, K); None finds torchvision's and timm's.
     """
 
     def __init__(self, model, target_layer=None, preprocess=None, *, head: Callable[[Tensor], Tensor] | None = None):
@@ -227,13 +291,13 @@ class LeGrad(_AttentionExplainer):
         self.head = head
 
     def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
-        weights, logits, outputs = self._recorded(inputs)
-        target = logits.argmax(1) if target is None else target
+        seen = self._recorded(inputs)
+        target = seen.logits.argmax(1) if target is None else target
         gradients = []
-        for block, tokens in zip(weights, outputs, strict=True):
+        for block, tokens in zip(seen.chosen, seen.outputs, strict=True):
             pooled = tokens.mean(1, keepdim=True).expand_as(tokens)  # whichever token the head reads, it reads the mean
             gradients += torch.autograd.grad(target_scores(self.head(pooled), target).sum(), block, retain_graph=True)
-        return legrad(gradients)
+        return legrad(list(map(_exact, gradients)))
 
 
 def _blocks_and_head(model: nn.Module) -> tuple[list[nn.Module], Callable[[Tensor], Tensor]]:

@@ -121,7 +121,10 @@ def class_indices(logits: Tensor, target, unknown: bool = False) -> Tensor:
     count, classes = logits.shape
     if target is None:
         return logits.argmax(1)
-    index = torch.as_tensor(target, device=logits.device)
+    try:
+        index = torch.as_tensor(target, device=logits.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"target {target!r} is no class; give an index, one per image, or callables") from error
     if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
         raise TypeError(f"target must hold class indices (integers), not {index.dtype}")
     if index.ndim == 0:

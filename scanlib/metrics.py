@@ -57,14 +57,15 @@ def iou_at_area(maps: Tensor, masks: Tensor, seed: int = 0) -> Tensor:
 
 
 def checkerboard(maps: Tensor, period: int = 2) -> Tensor:
-    """Dithering: share of each map's variance in waves ``period`` pixels long, across or down; (N, H, W) -> (N,) in [0, 1].
+    """Dithering: share of each map's variance that repeats every ``period`` pixels, across or down; (N, H, W) -> (N,) in [0, 1].
 
     1 for a checkerboard at period 2 (the Nyquist frequency), near 0 for a smooth map. A decoder that doubles its grid n times
-    can leave waves of 2, 4, ..., 2**n of its own pixels. Raises ValueError when the period does not divide both sides.
+    can leave patterns of 2, 4, ..., 2**n of its own pixels. Raises ValueError when the period does not divide both sides.
     """
     height, width = maps.shape[1:]
-    if height % period or width % period:
-        raise ValueError(f"period {period} does not divide a map of {height} x {width}; take one that does")
+    if period < 2 or height % period or width % period:
+        raise ValueError(f"period {period} does not divide a map of {height} x {width}; take one that does, 2 or more")
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     power = torch.fft.fft2(maps - maps.mean((1, 2), keepdim=True)).abs().square()
     down, across = (torch.arange(side, device=maps.device) * period % side == 0 for side in (height, width))
     down, across = down & (torch.arange(height, device=maps.device) > 0), across & (torch.arange(width, device=maps.device) > 0)

@@ -126,9 +126,9 @@ def load_target(name: str, weights: str | os.PathLike | None = "DEFAULT") -> Tar
 
 
 def _vit_tiny_target(weights):
-    if weights == "DEFAULT":
+    if weights == "DEFAULT" or (weights is not None and not Path(weights).is_file()):
         raise FileNotFoundError(
-            "vit_tiny has no weights of torchvision's; pass the path of a state dict in its layout, or weights=None"
+            f"no weights of vit_tiny at {weights}; torchvision publishes none: pass a state dict in its layout, or None"
         )
     model = torchvision.models.VisionTransformer(224, 16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
     classes = torchvision.models.ViT_B_16_Weights.DEFAULT.meta["categories"]
@@ -207,7 +207,8 @@ def default_layer(model: nn.Module, size: int | tuple[int, int] = 224) -> str:
             for name, module in model.named_modules():
                 if name and name.split(".")[0] not in HEADS:
                     handles.append(module.register_forward_hook(note(name)))
-            model(torch.zeros(1, 3, height, width, device=next(model.parameters()).device))
+            first = next(model.parameters())
+            model(torch.zeros(1, 3, height, width, device=first.device, dtype=first.dtype))
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,6 +1,7 @@
 """Attention maps: the formulas by hand, the recording against what it replaces, peers as second opinion."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -138,26 +139,28 @@ def test_fused_and_written_out_attention_agree(pictures):
         torch.testing.assert_close(explainer(fused)(pictures, 1), explainer(written)(pictures, 1))
 
 
-@pytest.mark.parametrize("masked", [False, "boolean", "additive"])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_the_recorder_changes_nothing_about_multi_head_attention(masked, batch_first):
+def test_the_recorder_changes_nothing_about_multi_head_attention(batch_first):
     torch.manual_seed(0)
-    attention = nn.MultiheadAttention(8, 2, batch_first=batch_first).double().eval()
     x = torch.randn(5, 5, 8, dtype=torch.float64, requires_grad=True)
     hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
-    mask = {False: None, "boolean": hidden, "additive": hidden.double() * -3}[masked]
-    expected, weights = attention(x, x, x, attn_mask=mask, average_attn_weights=False)
-    for needs in (False, True):
-        with AttentionWeights() as recorder:
-            output, returned = attention(x, x, x, attn_mask=mask, need_weights=needs)
-        torch.testing.assert_close(output, expected)
-        torch.testing.assert_close(recorder.weights[0], weights)
-        assert len(recorder.weights) == 1 and (returned is not None) == needs
-        if needs:
-            torch.testing.assert_close(returned, weights.mean(1))
-    with AttentionWeights() as recorder:  # not self-attention: left alone
-        torch.testing.assert_close(attention(x, x + 1, x)[0], attention(x, x + 1, x)[0])
-    assert recorder.weights == []
+    padding = torch.zeros(5, 5, dtype=torch.bool)
+    padding[:, 3] = True
+    calls = [{}, {"attn_mask": hidden}, {"attn_mask": hidden.double() * -3}]  # taken down
+    others = [{"key_padding_mask": padding}, {"attn_mask": torch.randn(10, 5, 5, dtype=torch.float64)}]  # left alone
+    for made in ({}, {"add_zero_attn": True}, {"add_bias_kv": True}, {"kdim": 8, "vdim": 4}):
+        attention = nn.MultiheadAttention(8, 2, batch_first=batch_first, **made).double().eval()
+        value = x[..., :4] if "vdim" in made else x
+        for i, call in enumerate([*calls, *others]):
+            for shown in ({"need_weights": False}, {"average_attn_weights": False}, {}):
+                expected = attention(x, x, value, **call, **shown)
+                with AttentionWeights() as recorder:
+                    got = attention(x, x, value, **call, **shown)
+                torch.testing.assert_close(got, expected)
+                taken = not made and i < len(calls)
+                assert (len(recorder.weights), recorder.missed) == (taken, not taken)
+                if taken:
+                    torch.testing.assert_close(recorder.weights[0], attention(x, x, x, **call, average_attn_weights=False)[1])
 
 
 def test_fused_attention_keeps_its_masks_and_scale():
@@ -209,7 +212,7 @@ def test_the_call_every_explainer_answers(vit, explainer):
             explain(images, [1, 2])
         with pytest.raises(ValueError, match=r"target class 10 is out of range: the model has classes 0\.\.9"):
             explain(images, 10)
-        with pytest.raises(ValueError, match=r"images must be \(N, 3, H, W\)"):
+        with pytest.raises(ValueError, match=r"images must be a tensor \(N, 3, H, W\)"):
             explain(images[0])
     assert vit.training and not vit.encoder.ln.training and not vit.conv_proj.weight.requires_grad
     assert all(parameter.grad is None for parameter in vit.parameters())
@@ -235,8 +238,45 @@ def test_frozen_models_and_other_grids(vit):
 def test_chosen_blocks(transformer, pictures):
     both = AttentionRollout(transformer, ["blocks.0", "blocks.1"])(pictures, normalize=False)
     torch.testing.assert_close(both, AttentionRollout(transformer)(pictures, normalize=False))
-    last = AttentionRollout(transformer, "blocks.1")(pictures, normalize=False)
-    assert not torch.allclose(last, both)
+    rows = [0] if transformer.pool == "class" else [1, 2, 3, 4]  # what the head reads, whichever block is asked
+    with AttentionWeights() as recorder:
+        transformer(pictures)
+    for i, name in enumerate(("blocks.0", "blocks.1")):
+        expected = (torch.eye(5, dtype=torch.float64) + recorder.weights[i].detach()[:, 0]) / 2
+        expected = expected[:, rows].mean(1)[:, 1:].unflatten(1, (2, 2))
+        torch.testing.assert_close(AttentionRollout(transformer, name)(pictures, normalize=False), expected)
+    assert not torch.allclose(*(AttentionRelevance(transformer, f"blocks.{i}")(pictures, normalize=False) for i in (0, 1)))
+
+
+def test_half_precision_multiplies_in_single(vit):
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    exact = [explainer(vit)(images, 1, normalize=False) for explainer in EXPLAINERS]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        half = vit.bfloat16()
+    for explainer, expected in zip(EXPLAINERS, exact, strict=True):
+        maps = explainer(half, preprocess=lambda x: x.bfloat16())(images, 1, normalize=False)
+        assert maps.dtype == torch.float32 and torch.corrcoef(torch.stack([maps.flatten(), expected.flatten()]))[0, 1] > 0.99
+
+
+def test_a_score_without_a_gradient_is_said(vit):
+    nn.init.zeros_(vit.heads.head.weight)
+    for explainer in (AttentionRollout, AttentionRelevance):
+        with pytest.warns(UserWarning, match="the score of 2 images has no gradient at the last attention"):
+            assert explainer(vit)(torch.rand(2, 3, 64, 64)).eq(0).all()
+
+
+class ChannelAttention(nn.Module):
+    """Attention over 32 channels: the shapes fit, but nothing there is a patch."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, 32, 4, 4), nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2)[:, None]  # (B, 1, 32, T)
+        x = (x @ x.transpose(-2, -1)).softmax(-1) @ x
+        return self.head(x[:, 0].mean(2))
 
 
 def test_models_whose_attention_is_elsewhere_or_nowhere(tiny, images, vit):
@@ -246,6 +286,20 @@ def test_models_whose_attention_is_elsewhere_or_nowhere(tiny, images, vit):
     swin = torchvision.models.SwinTransformer([4, 4], 16, [1, 1], [1, 2], [4, 4], num_classes=3)
     with pytest.raises(ValueError, match=f"SwinTransformer shows attention of .*{whole}.*take SCAN or a CAM"):
         AttentionRelevance(swin)(torch.rand(2, 3, 64, 64))
+    with pytest.raises(ValueError, match="ChannelAttention attends over 32 things, no grid of patches"):
+        AttentionRollout(ChannelAttention())(torch.rand(2, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"blocks in target_layer run \[0\] attentions; give blocks that run"):
+        LeGrad(TinyTransformer(), "blocks", head=lambda tokens: tokens)(torch.rand(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"blocks in target_layer run \[0\] attentions"):
+        AttentionRollout(vit, "encoder.ln")(torch.rand(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"target_layer \[\] is empty"):
+        AttentionRollout(vit, [])
+    with pytest.raises(TypeError, match="target_layer must be a name, a module or an index, not float"):
+        AttentionRollout(vit, 1.5)
+    with pytest.raises(ValueError, match="images must be a tensor .N, 3, H, W., not list"):
+        AttentionRollout(vit)([1])
+    with pytest.raises(TypeError, match="target 'dog' is no class; give an index"):
+        AttentionRollout(vit)(torch.rand(1, 3, 64, 64), "dog")
     with pytest.raises(ValueError, match="the blocks and the head of TinyNet are not known; pass target_layer="):
         LeGrad(tiny)
     with pytest.raises(ValueError, match="target_layer 'encoder.layer' not found; close matches: encoder.layers"):

@@ -107,3 +107,6 @@ def test_checkerboard_by_hand():
     assert float(checkerboard(half[None])) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="period 3 does not divide a map of 16 x 16"):
         checkerboard(maps, 3)
+    with pytest.raises(ValueError, match="period 0 does not divide"):
+        checkerboard(maps, 0)
+    assert checkerboard(board[None] > 0).tolist() == [1]

@@ -43,6 +43,7 @@ def test_default_layers():
         assert found.split(".")[0] == layer
     vit = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32)
     assert default_layer(vit, 32) == "encoder.layers.encoder_layer_1.ln_1"
+    assert default_layer(vit.double(), (32, 32)) == default_layer(vit.bfloat16(), 32)
     with pytest.raises(ValueError, match="no layer with a spatial extent"):
         default_layer(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)), size=2)
 
@@ -89,8 +90,10 @@ def test_vit_tiny(tmp_path):
     torch.save(target.model.state_dict(), tmp_path / "w.pth")
     loaded = load_target("vit_tiny", tmp_path / "w.pth").model.state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in target.model.state_dict().items())
-    with pytest.raises(FileNotFoundError, match="vit_tiny has no weights of torchvision's; pass the path of a state dict"):
+    with pytest.raises(FileNotFoundError, match="no weights of vit_tiny at DEFAULT; torchvision publishes none"):
         load_target("vit_tiny")
+    with pytest.raises(FileNotFoundError, match=r"no weights of vit_tiny at .*none.pth"):
+        load_target("vit_tiny", tmp_path / "none.pth")
 
 
 def test_files_that_are_no_state_dict(tmp_path):
