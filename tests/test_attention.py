@@ -279,6 +279,30 @@ class ChannelAttention(nn.Module):
         return self.head(x[:, 0].mean(2))
 
 
+class Attending(nn.Module):
+    """Tokens through one multi-head attention for each of ``heads``, with what MultiheadAttention is given."""
+
+    def __init__(self, heads, **made):
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 3)
+        self.attentions = nn.ModuleList([nn.MultiheadAttention(8, count, batch_first=True, **made) for count in heads])
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for attention in self.attentions:
+            x = x + attention(x, x, x, need_weights=False)[0]
+        return self.head(x.mean(1))
+
+
+def test_attention_that_was_missed_or_does_not_match_is_refused():
+    images = torch.rand(2, 3, 16, 16)
+    assert AttentionRelevance(Attending([2, 2]))(images).shape == (2, 16, 16)
+    with pytest.raises(ValueError, match="no self-attention and 2 that could not be taken down for 2 images"):
+        AttentionRelevance(Attending([2, 2], add_zero_attn=True))(images)
+    with pytest.raises(ValueError, match=r"attention of \(2, 1, 16, 16\), \(2, 2, 16, 16\) for 2 images"):
+        AttentionRollout(Attending([1, 2]))(images)
+
+
 def test_models_whose_attention_is_elsewhere_or_nowhere(tiny, images, vit):
     whole = "these maps need blocks that attend over the whole picture"
     with pytest.raises(ValueError, match=f"TinyNet shows no self-attention for 4 images; {whole}"):

@@ -51,6 +51,20 @@ def test_signs_as_data(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kind", "built"), [("", "Transformer"), ("transformer", "Transformer"), ("convolutional", "Convolutional")]
+)
+def test_decoder_kind_and_a_layer_that_moves(folder, tmp_path, capsys, kind, built):
+    out, asked = tmp_path / "d.pt", f"--decoder-kind {kind}" if kind else ""
+    with pytest.warns(UserWarning, match="moved to 'encoder.layers.encoder_layer_5.ln_1'"):
+        rest = f"--data signs --scenes 8 --epochs 1 --out {out} {asked}"
+        main(f"train --model signs_vit --layer encoder.layers.encoder_layer_5 {rest}".split())
+    assert "layer encoder.layers.encoder_layer_5.ln_1, from 7 pictures" in capsys.readouterr().out
+    assert torch.load(out, weights_only=True)["config"]["decoder"] == f"{built}Decoder"
+    main(["explain", str(folder / "0.png"), "--decoder", str(out), "--out", str(tmp_path / "map.png")])
+    assert "1 explained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (

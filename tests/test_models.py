@@ -1,3 +1,5 @@
+from collections import OrderedDict
+
 import pytest
 import torch
 import torchvision
@@ -46,6 +48,18 @@ def test_default_layers():
     assert default_layer(vit.double(), (32, 32)) == default_layer(vit.bfloat16(), 32)
     with pytest.raises(ValueError, match="no layer with a spatial extent"):
         default_layer(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)), size=2)
+
+
+@pytest.mark.parametrize("name", ["ln_1", "norm1", "layernorm_before"])
+def test_the_default_layer_of_a_transformer_is_its_last_blocks_first_norm(name):
+    block = lambda: torch.nn.Sequential(OrderedDict({name: torch.nn.LayerNorm(4), "mlp": torch.nn.Linear(4, 4)}))  # noqa: E731
+    parts = {"embed": torch.nn.Conv2d(3, 4, 4, 4), "flat": torch.nn.Flatten(2), "turn": _Turned(), "a": block(), "b": block()}
+    assert default_layer(torch.nn.Sequential(OrderedDict(parts)), 16) == f"b.{name}"
+
+
+class _Turned(torch.nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
 
 
 def test_weights_from_a_path(tmp_path):
