@@ -4,35 +4,80 @@ Images go in, a frozen classifier is tapped at one layer, an explainer turns wha
 """
 
 from scanlib.attention import AttentionRelevance, AttentionRollout, LeGrad
-from scanlib.cams import grad_cam, layer_cam
+from scanlib.cams import (
+    CAM,
+    FEM,
+    KPCACAM,
+    EigenCAM,
+    EigenGradCAM,
+    FinerCAM,
+    FullGrad,
+    GradCAM,
+    GradCAMElementWise,
+    GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
+    RefineCAM,
+    SegEigenCAM,
+    ShapleyCAM,
+    SmoothGradCAMPlusPlus,
+    XGradCAM,
+    grad_cam,
+    layer_cam,
+)
 from scanlib.data import PhotoFolder, Signs, read_image
 from scanlib.decoders import ConvolutionalDecoder, ResidualModule, TransformerBlock, TransformerDecoder
-from scanlib.hooks import FeatureTap, Layout, resolve_layer
+from scanlib.factorization import DeepFeatureFactorization
+from scanlib.hooks import FeatureTap, FeatureTaps, Layout, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, self_confidence
 from scanlib.models import SmallResNet, load_target, small_vit
+from scanlib.perturbation import ISCAM, SSCAM, AblationCAM, ScoreCAM
 from scanlib.scan import SCAN
 from scanlib.trainer import Trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CAM",
+    "FEM",
+    "ISCAM",
+    "KPCACAM",
     "SCAN",
+    "SSCAM",
+    "AblationCAM",
     "AttentionRelevance",
     "AttentionRollout",
     "ConfidentMAE",
     "ConvolutionalDecoder",
+    "DeepFeatureFactorization",
+    "EigenCAM",
+    "EigenGradCAM",
     "FeatureTap",
+    "FeatureTaps",
+    "FinerCAM",
+    "FullGrad",
+    "GradCAM",
+    "GradCAMElementWise",
+    "GradCAMPlusPlus",
+    "HiResCAM",
+    "LayerCAM",
     "Layout",
     "LeGrad",
     "NonConfidentMAE",
     "PhotoFolder",
+    "RefineCAM",
     "ResidualModule",
+    "ScoreCAM",
+    "SegEigenCAM",
     "SelfConfidenceLoss",
+    "ShapleyCAM",
     "Signs",
     "SmallResNet",
+    "SmoothGradCAMPlusPlus",
     "Trainer",
     "TransformerBlock",
     "TransformerDecoder",
+    "XGradCAM",
     "grad_cam",
     "layer_cam",
     "load_target",

@@ -22,8 +22,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from scanlib.hooks import USUAL_PREFIX_TOKENS, Layout, Target, evaluating, logits_of, resolve_layer, target_scores
-from scanlib.maps import stretched
+from scanlib.explainer import Explainer, exact
+from scanlib.hooks import USUAL_PREFIX_TOKENS, Layout, Target, logits_of, resolve_layer, target_scores
 
 # --- the formulas ---
 
@@ -142,8 +142,8 @@ def _is_plain(call: dict) -> bool:
 # --- the explainers ---
 
 
-class _AttentionExplainer:
-    """The call every explainer answers, from a recording of every block's attention.
+class _AttentionExplainer(Explainer):
+    """Explainers that read a recording of every block's attention; ``Explainer`` tells the call.
 
     Args:
         model: a vision transformer whose blocks attend over all patches; put in eval mode for the call, and back.
@@ -152,39 +152,22 @@ class _AttentionExplainer:
     """
 
     def __init__(self, model: nn.Module, target_layer=None, preprocess: Callable[[Tensor], Tensor] | None = None):
-        self.model, self.preprocess = model, preprocess or (lambda images: images)
+        super().__init__(model, target_layer, preprocess)
         layers = target_layer if isinstance(target_layer, (list, tuple)) else [target_layer]
         if not layers:
             raise ValueError(f"target_layer {target_layer!r} is empty; give a block, a list of them, or None for all")
         self.blocks = None if target_layer is None else [resolve_layer(model, layer)[1] for layer in layers]
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception) -> None:
-        """Nothing to undo: hooks live for one call."""
-
-    def __call__(self, images: Tensor, target: Target = None, normalize: bool = True) -> Tensor:
-        """Images (N, 3, H, W) in [0, 255] -> maps (N, H, W) in [0, 1], on their device; normalize=False: the raw map
-        (N, h, w) on the patch grid.
-
-        target: None (predicted class), a class, one per image, or callables on an image's outputs. Raises ValueError for a
-        wrong count of classes, and for models whose attention is not over the whole picture.
-        """
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
-            seen = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images must be a tensor (N, 3, H, W), not {seen}; put [None] behind a single one")
-        device = next(self.model.parameters(), images).device
-        with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model):
-            inputs = self.preprocess(images.to(device))
-            tokens = self._tokens(inputs.clone() if inputs.is_inference() else inputs, target)
+    def _maps(self, inputs: Tensor, target: Target) -> Tensor:
+        """Raises ValueError for models whose attention is not over the whole picture."""
+        with torch.enable_grad():
+            tokens = self._tokens(inputs, target)
         layout = Layout.infer((*tokens.shape, 1), tuple(inputs.shape[-2:]))
         if layout.prefix > USUAL_PREFIX_TOKENS:
             raise ValueError(
                 f"{type(self.model).__name__} attends over {tokens.shape[1]} things, no grid of patches; take SCAN or a CAM"
             )
-        maps = tokens[:, layout.prefix :].unflatten(1, layout.grid)
-        return (stretched(maps, images.shape[-2:]) if normalize else maps).to(images.device)
+        return tokens[:, layout.prefix :].unflatten(1, layout.grid)
 
     def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
         """Inputs -> what each token weighs, (N, T)."""
@@ -235,12 +218,11 @@ class _Recording:
 
     def gradients(self, target: Target) -> list[Tensor]:
         """The score's gradient at each of all blocks' weights."""
-        return list(map(_exact, torch.autograd.grad(target_scores(self.logits, target).sum(), self.weights)))
+        return list(map(_detached, torch.autograd.grad(target_scores(self.logits, target).sum(), self.weights)))
 
 
-def _exact(x: Tensor) -> Tensor:
-    """Detached, in single precision or better: products over many blocks want it."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+def _detached(x: Tensor) -> Tensor:
+    return exact(x.detach())
 
 
 def _read(pairs: Tensor, last_gradient: Tensor) -> Tensor:
@@ -262,7 +244,7 @@ class AttentionRollout(_AttentionExplainer):
 
     def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
         seen = self._recorded(inputs)
-        return _read(attention_rollout(list(map(_exact, seen.chosen))), seen.gradients(target)[-1])
+        return _read(attention_rollout(list(map(_detached, seen.chosen))), seen.gradients(target)[-1])
 
 
 class AttentionRelevance(_AttentionExplainer):
@@ -272,7 +254,7 @@ class AttentionRelevance(_AttentionExplainer):
         seen = self._recorded(inputs)
         gradients = seen.gradients(target)
         at = {id(block): gradient for block, gradient in zip(seen.weights, gradients, strict=True)}
-        relevance = attention_relevance(list(map(_exact, seen.chosen)), [at[id(block)] for block in seen.chosen])
+        relevance = attention_relevance(list(map(_detached, seen.chosen)), [at[id(block)] for block in seen.chosen])
         return _read(relevance, gradients[-1])
 
 
@@ -297,7 +279,7 @@ class LeGrad(_AttentionExplainer):
         for block, tokens in zip(seen.chosen, seen.outputs, strict=True):
             pooled = tokens.mean(1, keepdim=True).expand_as(tokens)  # whichever token the head reads, it reads the mean
             gradients += torch.autograd.grad(target_scores(self.head(pooled), target).sum(), block, retain_graph=True)
-        return legrad(list(map(_exact, gradients)))
+        return legrad(list(map(_detached, gradients)))
 
 
 def _blocks_and_head(model: nn.Module) -> tuple[list[nn.Module], Callable[[Tensor], Tensor]]:

@@ -1,19 +1,564 @@
-"""Class activation maps: each method its formula, on one layer's activations A and the gradient of the score there.
+"""Class activation maps: each method its formula, on one layer's activations A and the gradient g of the score there.
 
-with FeatureTap(model, layer) as tap:
-    tap(inputs)
-    maps = grad_cam(tap.features, tap.gradient(target))      # (B, C, h, w) twice -> (B, h, w)
+    maps = GradCAM(model, "layer4", preprocess)(images)             # (N, 3, H, W) in [0, 255] -> (N, H, W) in [0, 1]
+
+    with FeatureTap(model, "layer4") as tap:                        # or by hand
+        tap(inputs)
+        maps = grad_cam(tap.features, tap.gradient(target))         # (B, C, h, w) twice -> (B, h, w)
+
+Formulas take and return any number of axes behind the channels; sums over i, j mean all of them. Most are a sum over channels c
+of what each channel contributes; with ``combine=first_component`` its first principal component stands for the sum ("eigen
+smooth").
 """
 
-from torch import Tensor
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from scanlib.explainer import Explainer, exact
+from scanlib.hooks import FeatureTaps, Layout, Target, class_indices, evaluating, logits_of, resolve_layer, target_scores
+from scanlib.maps import resized, stretched, unit_range
+from scanlib.models import default_layer
+from scanlib.targets import contrast
+
+# --- the formulas ---
 
 
-def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Grad-CAM (Selvaraju et al. 2017, Eqs. 1-2): relu(sum_c mean(g_c) A_c); (B, C, h, w) twice -> (B, h, w)."""
-    weights = gradients.mean((2, 3), keepdim=True)
-    return (weights * activations).sum(1).relu()
+def over_places(x: Tensor, reduce=torch.sum) -> Tensor:
+    """Reduce each channel over its places: (B, C, h, w) -> (B, C, 1, 1)."""
+    return reduce(x, tuple(range(2, x.ndim)), keepdim=True)
 
 
-def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Layer-CAM (Jiang et al. 2021, Eqs. 5-6): relu(sum_c relu(g_c) A_c); (B, C, h, w) twice -> (B, h, w)."""
-    return (gradients.relu() * activations).sum(1).relu()
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 where the denominator is 0."""
+    return torch.where(denominator == 0, 0, numerator / torch.where(denominator == 0, 1, denominator))
+
+
+def channel_sum(contributions: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h, w)."""
+    return contributions.sum(1)
+
+
+def first_component(contributions: Tensor) -> Tensor:
+    """Places as samples, channels as coordinates: each place's score on the first principal component, (B, C, h, w) -> (B, h, w).
+
+    A component's sign is arbitrary. Here the few places that stand out are positive (its third moment is): an object is smaller
+    than its surroundings. The smaller of the two Gram matrices is enough, so no singular value decomposition is made.
+    """
+    x = contributions.flatten(2)
+    x = x - x.mean(2, keepdim=True)
+    if x.shape[1] <= x.shape[2]:
+        component = (_top_eigenvector(x @ x.mT)[0][:, None] @ x)[:, 0]
+    else:
+        vector, value = _top_eigenvector(x.mT @ x)
+        component = vector * value.clamp_min(0).sqrt()[:, None]
+    return _signed(component).unflatten(1, contributions.shape[2:])
+
+
+def _top_eigenvector(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Of symmetric (B, n, n): the eigenvector (B, n) of the largest eigenvalue, and that, (B,)."""
+    values, vectors = torch.linalg.eigh(matrices.cpu() if matrices.device.type == "mps" else matrices)
+    return vectors[..., -1].to(matrices.device), values[..., -1].to(matrices.device)
+
+
+def _signed(component: Tensor) -> Tensor:
+    """A component (B, places) of mean 0, turned so that its third moment is positive."""
+    return component * torch.where((component**3).sum(1, keepdim=True) < 0, -1, 1)
+
+
+def grad_cam(A: Tensor, g: Tensor, combine=channel_sum) -> Tensor:
+    """Grad-CAM (Selvaraju et al. 2017, Eqs. 1-2): relu(sum_c mean_ij(g_c) A_c)."""
+    return combine(over_places(g, torch.mean) * A).relu()
+
+
+def grad_cam_plus_plus(A: Tensor, g: Tensor, combine=channel_sum) -> Tensor:
+    """Grad-CAM++ (Chattopadhyay et al. 2018, Eqs. 5, 19): weights sum_ij alpha relu(g), alpha = g^2 / (2 g^2 + sum_ij(A) g^3)."""
+    alpha = ratio(g**2, 2 * g**2 + over_places(A) * g**3)
+    return combine(over_places(alpha * g.relu()) * A).relu()
+
+
+def smooth_grad_cam_plus_plus(A: Tensor, g1: Tensor, g2: Tensor, g3: Tensor, combine=channel_sum) -> Tensor:
+    """SmoothGrad-CAM++ (Omeiza et al. 2019): Grad-CAM++ with g, g^2, g^3 each averaged over noisy copies of the image."""
+    alpha = ratio(g2, 2 * g2 + over_places(A) * g3)
+    return combine(over_places(alpha * g1.relu()) * A).relu()
+
+
+def x_grad_cam(A: Tensor, g: Tensor, combine=channel_sum) -> Tensor:
+    """XGrad-CAM (Fu et al. 2020, Eq. 8): weights sum_ij(g A) / sum_ij(A)."""
+    return combine(ratio(over_places(g * A), over_places(A)) * A).relu()
+
+
+def layer_cam(A: Tensor, g: Tensor, combine=channel_sum) -> Tensor:
+    """Layer-CAM (Jiang et al. 2021, Eqs. 5-6): relu(sum_c relu(g_c) A_c)."""
+    return combine(g.relu() * A).relu()
+
+
+def hires_cam(A: Tensor, g: Tensor, combine=channel_sum) -> Tensor:
+    """HiResCAM (Draelos, Carin 2020, Eq. 3): relu(sum_c g_c A_c)."""
+    return combine(g * A).relu()
+
+
+def grad_cam_elementwise(A: Tensor, g: Tensor, combine=channel_sum) -> Tensor:
+    """Element-wise Grad-CAM: sum_c relu(g_c A_c)."""
+    return combine((g * A).relu())
+
+
+def shapley_cam(A: Tensor, g: Tensor, hessian_times_A: Tensor, combine=channel_sum) -> Tensor:
+    """ShapleyCAM (Cai 2025, arXiv 2501.06261): weights mean_ij(g - H A / 2), H the score's second derivative at the layer."""
+    return grad_cam(A, g - hessian_times_A / 2, combine)
+
+
+def eigen_cam(A: Tensor) -> Tensor:
+    """Eigen-CAM (Muhammad, Yeasin 2020): the first principal component of the activations. Knows no class."""
+    return first_component(A)
+
+
+def eigen_grad_cam(A: Tensor, g: Tensor) -> Tensor:
+    """Eigen-Grad-CAM: the first principal component of g A."""
+    return first_component(g * A)
+
+
+def seg_eigen_cam(A: Tensor, g: Tensor) -> Tensor:
+    """Seg-Eigen-CAM (Chung, Ying 2025, Eqs. 10-13): the first principal component of |g| A, turned so that its largest entry in
+    size is positive."""
+    maps = first_component(g.abs() * A)
+    low, high = maps.flatten(1).aminmax(dim=1)
+    return maps * torch.where(-low > high, -1, 1).view(-1, *[1] * (maps.ndim - 1))
+
+
+def kpca_cam(A: Tensor, kernel: str = "sigmoid", gamma: float | None = None) -> Tensor:
+    """KPCA-CAM (Karmani et al. 2024): the first component of kernel PCA over the places.
+
+    kernel: "sigmoid", tanh(gamma x.y + 1); "rbf", exp(-gamma |x - y|^2); or "linear", which is Eigen-CAM. gamma: None is 1 / C.
+    """
+    x = A.flatten(2).mT
+    x = x - x.mean(1, keepdim=True)
+    gamma = 1 / x.shape[2] if gamma is None else gamma
+    kernels = {
+        "linear": lambda: x @ x.mT,
+        "sigmoid": lambda: torch.tanh(gamma * (x @ x.mT) + 1),
+        "rbf": lambda: torch.exp(-gamma * torch.cdist(x, x).square()),
+    }
+    if kernel not in kernels:
+        raise ValueError(f"kernel {kernel!r} is not known; take one of {', '.join(kernels)}")
+    K = kernels[kernel]()
+    K = K - K.mean(1, keepdim=True) - K.mean(2, keepdim=True) + K.mean((1, 2), keepdim=True)  # centred in feature space
+    vector, value = _top_eigenvector(K)
+    return _signed(vector * value.clamp_min(0).sqrt()[:, None]).unflatten(1, A.shape[2:])
+
+
+def fem(A: Tensor, k: float = 2.0, combine=channel_sum) -> Tensor:
+    """FEM (Fuad et al. 2020): channels weighted by the share of their places above mean + k standard deviations. No class."""
+    rare = over_places(A, torch.mean) + k * over_places(A, partial(torch.std, correction=0))
+    return combine(over_places((rare < A).to(A.dtype), torch.mean) * A).relu()
+
+
+def weighted_sum(A: Tensor, weights: Tensor, combine=channel_sum) -> Tensor:
+    """relu(sum_c w_c A_c), the weights (B, C) from elsewhere: CAM (Zhou et al. 2016), Score-CAM, Ablation-CAM."""
+    return combine(weights.view(*weights.shape, *[1] * (A.ndim - 2)) * A).relu()
+
+
+# --- several layers ---
+
+
+def mean_of_maps(maps: Sequence[Tensor]) -> Tensor:
+    """Each layer's map stretched to [0, 1], then their mean."""
+    return torch.stack([unit_range(layer) for layer in maps]).mean(0)
+
+
+def max_of_maps(maps: Sequence[Tensor]) -> Tensor:
+    """Each layer's map stretched to [0, 1], then their maximum."""
+    return torch.stack([unit_range(layer) for layer in maps]).amax(0)
+
+
+def product_of_maps(maps: Sequence[Tensor]) -> Tensor:
+    """Each layer's map stretched to [0, 1], then their product: what all layers agree on."""
+    return torch.stack([unit_range(layer) for layer in maps]).prod(0)
+
+
+def max_of_tanh(maps: Sequence[Tensor]) -> Tensor:
+    """Layer-CAM's fusion (Jiang et al. 2021, Eqs. 7-8): tanh(2 M / max M), then the maximum."""
+    return torch.stack([(2 * M / M.flatten(1).amax(1).clamp_min(1e-12).view(-1, *[1] * (M.ndim - 1))).tanh() for M in maps]).amax(
+        0
+    )
+
+
+FUSE = {"mean": mean_of_maps, "max": max_of_maps, "product": product_of_maps, "tanh": max_of_tanh}
+
+
+# --- the explainers ---
+
+
+class _CAM(Explainer):
+    """Every method's call; see ``Explainer``.
+
+    Args:
+        model: any classifier; with a callable target any model.
+        target_layer: name, module, index, or a list of them, whose maps are fused; None takes the last layer with a spatial
+            extent, which ``layers`` tells after the call.
+        preprocess: what turns images in [0, 255] into the model's input; None passes them on as they are.
+        fuse: how maps of several layers become one: "mean", "max", "product", "tanh" (Layer-CAM's), or a function of the list of
+            maps (N, h, w), all resized to the finest. None: what the method's paper says, else "mean".
+        reshape: the layer's output -> (N, C, h, w); None reads the layout off the shape (CNNs, Swin, tokens with any prefix).
+        eigen_smooth: the first principal component of the channels' contributions in place of their sum.
+        aug_smooth: the mean over mirrored and brighter or darker inputs (six in all).
+        differentiable: keep the graph, so that the map's gradient reaches images and weights; for raw or normalised maps.
+    """
+
+    graph: str | None = "tail"  # what is recorded, and whether gradients have gradients: see FeatureTaps
+    twice = False
+    fusion = "mean"
+    formula: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer=None,
+        preprocess: Callable[[Tensor], Tensor] | None = None,
+        *,
+        fuse: str | Callable | None = None,
+        reshape: Callable[[Tensor], Tensor] | None = None,
+        eigen_smooth: bool = False,
+        aug_smooth: bool = False,
+        differentiable: bool = False,
+    ):
+        super().__init__(model, target_layer, preprocess)
+        layers = list(target_layer) if isinstance(target_layer, (list, tuple)) else [target_layer]
+        if not layers:
+            raise ValueError(f"target_layer {target_layer!r} is empty; give a layer, a list of them, or None for the last one")
+        self.layers = None if target_layer is None else [resolve_layer(model, layer)[0] for layer in layers]
+        fuse = fuse or self.fusion
+        if not callable(fuse) and fuse not in FUSE:
+            raise ValueError(f"fuse {fuse!r} is not known; take one of {', '.join(FUSE)}, or a function")
+        self.fuse = fuse if callable(fuse) else FUSE[fuse]
+        self.reshape, self.aug_smooth = reshape, aug_smooth
+        self.options = {"combine": first_component} if eigen_smooth else {}
+        self.differentiable = differentiable
+        if differentiable:
+            self.graph, self.twice = "whole", True
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, {', '.join(self.layers or ['last spatial layer'])})"
+
+    def for_classes(self, images: Tensor, classes: Sequence[Target], normalize: bool = True) -> Tensor:
+        """The same images for K classes, (N, K, H, W), from one run of the model; (N, K, h, w) raw. classes: K targets."""
+        with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable), evaluating(self.model):
+            maps = torch.stack(self._maps_for(self._inputs(images), list(classes)), 1)
+        if normalize:
+            maps = stretched(maps.flatten(0, 1).relu(), images.shape[2:]).unflatten(0, maps.shape[:2])
+        return maps.to(images.device)
+
+    def _maps(self, inputs: Tensor, target: Target) -> Tensor:
+        return self._maps_for(inputs, [target])[0]
+
+    def _maps_for(self, inputs: Tensor, targets: list[Target]) -> list[Tensor]:
+        """One raw map (N, h, w) for each target."""
+        if self.layers is None:
+            self.layers = [default_layer(self.model, tuple(inputs.shape[2:]), inputs.shape[1])]
+        if not self.aug_smooth:
+            return self._fused(inputs, targets)
+        if None in targets:  # changed inputs must not be explained for other classes
+            with FeatureTaps(self.model, self.layers, graph=None) as taps:
+                predicted = class_indices(taps(inputs), None)
+            targets = [predicted if target is None else target for target in targets]
+        runs = [self._fused(scale * inputs, targets) for scale in (0.9, 1.0, 1.1)]
+        mirrored = [self._fused(scale * inputs.flip(-1), targets) for scale in (0.9, 1.0, 1.1)]
+        runs += [[maps.flip(-1) for maps in run] for run in mirrored]
+        return [torch.stack(maps).mean(0) for maps in zip(*runs, strict=True)]
+
+    def _fused(self, inputs: Tensor, targets: list[Target]) -> list[Tensor]:
+        return [self._fuse(maps) for maps in self._layer_maps(inputs, targets)]
+
+    def _fuse(self, maps: list[Tensor]) -> Tensor:
+        if len(maps) == 1:
+            return maps[0]
+        finest = max((layer.shape[1:] for layer in maps), key=lambda grid: grid.numel())
+        return self.fuse([resized(layer, finest) for layer in maps])
+
+    def _layer_maps(self, inputs: Tensor, targets: list[Target]) -> list[list[Tensor]]:
+        """For each target one raw map (N, h, w) for each layer."""
+        with FeatureTaps(self.model, self.layers, graph=self.graph, twice=self.twice) as taps:
+            taps(inputs)
+            features = self._arranged(taps, taps.features)
+            formula = partial(type(self).formula, **self.options)
+            return [list(map(formula, features, *self._evidence(taps, target))) for target in targets]
+
+    def _evidence(self, taps: FeatureTaps, target: Target) -> list[list[Tensor]]:
+        """What the formula wants besides the activations: for each of its arguments a tensor for each layer."""
+        return [self._arranged(taps, taps.gradients(target))]
+
+    def _arranged(self, taps: FeatureTaps, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each layer's tensor as (N, C, h, w), in single precision or better."""
+        arrange = [self.reshape or layout.to_maps for layout in taps.layouts]
+        return [exact(to_maps(tensor)) for to_maps, tensor in zip(arrange, tensors, strict=True)]
+
+
+class CAM(_CAM):
+    """CAM (Zhou et al. 2016, Eq. 2): relu(sum_c w_c A_c), w the class's weights in the linear layer behind the pooling.
+
+    fc_layer: that layer (Linear, or a convolution of 1x1): name, module or index; None finds the one whose sizes fit. Targets are
+    classes. ``_CAM`` tells the other arguments, ``Explainer`` the call.
+    """
+
+    graph, formula = None, staticmethod(weighted_sum)
+
+    def __init__(self, model, target_layer=None, preprocess=None, *, fc_layer=None, **options):
+        super().__init__(model, target_layer, preprocess, **options)
+        self.fc_layer = fc_layer
+
+    def _evidence(self, taps, target):
+        channels = [self._arranged(taps, taps.features)[i].shape[1] for i in range(len(self.layers))]
+        if len(set(channels)) != 1:
+            raise ValueError(f"target_layer has layers of {channels} channels; CAM reads the one in front of the pooling")
+        weights = self._head(channels[0], taps.logits.shape[1])[class_indices(taps.logits, target)]
+        return [[exact(weights)] * len(channels)]
+
+    def _head(self, channels: int, classes: int) -> Tensor:
+        if self.fc_layer is not None:
+            heads = [resolve_layer(self.model, self.fc_layer)]
+        else:
+            heads = [
+                (name, module)
+                for name, module in self.model.named_modules()
+                if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+                and module.weight.shape[:2] == (classes, channels)
+            ]
+        fits = [module.weight for _, module in heads if module.weight.numel() == classes * channels]
+        if len(fits) != 1:
+            found = ", ".join(name for name, _ in heads) or "none"
+            raise ValueError(
+                f"CAM needs one linear layer from {channels} channels to {classes} classes, found: {found}; "
+                "give fc_layer and the target_layer in front of it, or take GradCAM"
+            )
+        return fits[0].detach().reshape(classes, channels)
+
+
+class GradCAM(_CAM):
+    """Grad-CAM (Selvaraju et al. 2017); formula: ``grad_cam``."""
+
+    formula = staticmethod(grad_cam)
+
+
+class GradCAMPlusPlus(_CAM):
+    """Grad-CAM++ (Chattopadhyay et al. 2018); formula: ``grad_cam_plus_plus``."""
+
+    formula = staticmethod(grad_cam_plus_plus)
+
+
+class SmoothGradCAMPlusPlus(_CAM):
+    """SmoothGrad-CAM++ (Omeiza et al. 2019); formula: ``smooth_grad_cam_plus_plus``.
+
+    samples: noisy copies of the images. std: of the noise, in units of the model's input. seed: of the noise.
+    """
+
+    formula = staticmethod(smooth_grad_cam_plus_plus)
+
+    def __init__(
+        self, model, target_layer=None, preprocess=None, *, samples: int = 4, std: float = 0.3, seed: int = 0, **options
+    ):
+        super().__init__(model, target_layer, preprocess, **options)
+        if samples < 1:
+            raise ValueError(f"samples {samples} is too few; give 1 or more")
+        self.samples, self.std, self.seed = samples, std, seed
+
+    def _layer_maps(self, inputs, targets):
+        with FeatureTaps(self.model, self.layers, graph=self.graph, twice=self.twice) as taps:
+            taps(inputs)
+            features = self._arranged(taps, taps.features)
+            targets = [class_indices(taps.logits, None) if target is None else target for target in targets]
+            moments = [[[0.0] * 3 for _ in features] for _ in targets]  # mean g, g^2, g^3 for each target and layer
+            generator = torch.Generator(inputs.device).manual_seed(self.seed)
+            for _ in range(self.samples):
+                noise = torch.randn(inputs.shape, generator=generator, device=inputs.device, dtype=inputs.dtype)
+                taps(inputs + self.std * noise)
+                for target, of_target in zip(targets, moments, strict=True):
+                    for g, of_layer in zip(self._arranged(taps, taps.gradients(target)), of_target, strict=True):
+                        of_layer[:] = [mean + g**power / self.samples for power, mean in enumerate(of_layer, 1)]
+        formula = partial(type(self).formula, **self.options)
+        return [[formula(A, *of_layer) for A, of_layer in zip(features, of_target, strict=True)] for of_target in moments]
+
+
+class XGradCAM(_CAM):
+    """XGrad-CAM (Fu et al. 2020); formula: ``x_grad_cam``."""
+
+    formula = staticmethod(x_grad_cam)
+
+
+class LayerCAM(_CAM):
+    """Layer-CAM (Jiang et al. 2021); formula: ``layer_cam``. Several layers are fused by ``max_of_tanh``."""
+
+    formula, fusion = staticmethod(layer_cam), "tanh"
+
+
+class HiResCAM(_CAM):
+    """HiResCAM (Draelos, Carin 2020); formula: ``hires_cam``."""
+
+    formula = staticmethod(hires_cam)
+
+
+class GradCAMElementWise(_CAM):
+    """Element-wise Grad-CAM; formula: ``grad_cam_elementwise``."""
+
+    formula = staticmethod(grad_cam_elementwise)
+
+
+class ShapleyCAM(_CAM):
+    """ShapleyCAM (Cai 2025); formula: ``shapley_cam``. The paper explains the score ``targets.rest(class)``."""
+
+    formula, twice = staticmethod(shapley_cam), True
+
+    def __init__(self, model, target_layer=None, preprocess=None, **options):
+        super().__init__(model, target_layer, preprocess, **options)
+        if self.differentiable and any(isinstance(module, nn.LayerNorm) for module in model.modules()):
+            raise ValueError(
+                "differentiable=True is not for ShapleyCAM on models with LayerNorm, whose third derivative torch gets wrong; "
+                "take GradCAM"
+            )
+
+    def _evidence(self, taps, target):
+        products = []
+        gradients = taps.gradients(target)
+        for features, g in zip(taps.captured, gradients, strict=True):
+            product = None
+            if g.requires_grad:  # else the score is linear in the features
+                with torch.enable_grad():
+                    retain = {"retain_graph": True, "create_graph": self.differentiable}
+                    vector = features if self.differentiable else features.detach()
+                    (product,) = torch.autograd.grad(g, features, vector, allow_unused=True, **retain)
+            products.append(torch.zeros_like(g) if product is None else product)
+        return [self._arranged(taps, gradients), self._arranged(taps, products)]
+
+
+class EigenCAM(_CAM):
+    """Eigen-CAM (Muhammad, Yeasin 2020); formula: ``eigen_cam``. The target makes no difference."""
+
+    graph, formula = None, staticmethod(eigen_cam)
+
+    def _evidence(self, taps, target):
+        return []
+
+
+class EigenGradCAM(_CAM):
+    """Eigen-Grad-CAM; formula: ``eigen_grad_cam``."""
+
+    formula = staticmethod(eigen_grad_cam)
+
+
+class SegEigenCAM(_CAM):
+    """Seg-Eigen-CAM (Chung, Ying 2025); formula: ``seg_eigen_cam``."""
+
+    formula = staticmethod(seg_eigen_cam)
+
+
+class KPCACAM(_CAM):
+    """KPCA-CAM (Karmani et al. 2024); formula: ``kpca_cam``, with its kernel and gamma. The target makes no difference."""
+
+    graph, formula = None, staticmethod(kpca_cam)
+    _evidence = EigenCAM._evidence
+
+    def __init__(
+        self, model, target_layer=None, preprocess=None, *, kernel: str = "sigmoid", gamma: float | None = None, **options
+    ):
+        super().__init__(model, target_layer, preprocess, **options)
+        self.options |= {"kernel": kernel, "gamma": gamma}
+
+
+class FEM(_CAM):
+    """FEM (Fuad et al. 2020); formula: ``fem``, with its k. The target makes no difference."""
+
+    graph, formula = None, staticmethod(fem)
+    _evidence = EigenCAM._evidence
+
+    def __init__(self, model, target_layer=None, preprocess=None, *, k: float = 2.0, **options):
+        super().__init__(model, target_layer, preprocess, **options)
+        self.options |= {"k": k}
+
+
+class FinerCAM(GradCAM):
+    """Finer-CAM (Zhang et al. 2025): Grad-CAM of what sets the class apart from similar ones, ``targets.contrast``.
+
+    references: the classes to compare with, or how many of those with the closest logits. strength: of the comparison. Any other
+    method does the same with ``target=contrast(class)``.
+    """
+
+    def __init__(
+        self,
+        model,
+        target_layer=None,
+        preprocess=None,
+        *,
+        references: int | Sequence[int] = 3,
+        strength: float = 1.0,
+        **options,
+    ):
+        super().__init__(model, target_layer, preprocess, **options)
+        self.references, self.strength = references, strength
+
+    def _evidence(self, taps, target):
+        classes = class_indices(taps.logits, target).tolist()
+        return super()._evidence(taps, [contrast(c, self.references, self.strength) for c in classes])
+
+
+class RefineCAM(GradCAMPlusPlus):
+    """RefineCAM (arXiv 2605.14641): the product of several layers' Grad-CAM++ maps. Any method does it with fuse="product"."""
+
+    fusion = "product"
+
+
+class FullGrad(Explainer):
+    """FullGrad (Srinivas, Fleuret 2019, Eq. 8): |g_x x| + sum over layers and channels of |b g_layer|, at the input's size.
+
+    b is what the layer adds to a linear map: the bias, and for batch normalisation beta - mu gamma / sqrt(var + eps). All layers
+    with a spatial extent count, so there is no target_layer. For a network of linear pieces the signed terms, the head's own
+    bias included, sum to the score. Absolute values are summed over the channels before anything is resized.
+    """
+
+    def __init__(self, model, target_layer=None, preprocess=None):
+        if target_layer is not None:
+            raise ValueError(f"target_layer {target_layer!r} has no meaning for FullGrad, which reads every layer; leave it out")
+        super().__init__(model, None, preprocess)
+
+    def _maps(self, inputs, target):
+        totals: dict[tuple[int, ...], Tensor] = {}  # by grid
+        size = tuple(inputs.shape[2:])
+
+        def add(bias: Tensor, layout: Layout, gradient: Tensor) -> None:
+            term = torch.einsum("nc...,c->n...", exact(layout.to_maps(gradient)).abs(), exact(bias).abs())
+            totals[layout.grid] = totals[layout.grid] + term if layout.grid in totals else term
+
+        def watch(module, _, output):
+            bias = implicit_bias(module)
+            if bias is not None and output.requires_grad:
+                with contextlib.suppress(ValueError):  # no spatial extent
+                    # what the hook is given belongs to the output as it is now, whatever works on it in place afterwards
+                    output.register_hook(partial(add, bias, Layout.infer(output.shape, size)))
+
+        handles = [module.register_forward_hook(watch) for module in self.model.modules() if isinstance(module, BIASED)]
+        try:
+            with torch.enable_grad():
+                inputs = inputs.detach().requires_grad_()
+                score = target_scores(logits_of(self.model(inputs)), target).sum()
+        finally:
+            for handle in handles:
+                handle.remove()
+        (gradient,) = torch.autograd.grad(score, inputs)
+        maps = exact(gradient * inputs.detach()).abs().sum(1)
+        return sum((resized(total, size) for total in totals.values()), maps)
+
+
+BIASED = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm),
+)
+
+
+def implicit_bias(module: nn.Module) -> Tensor | None:
+    """What a layer in eval mode adds to a linear map of its input, (C,), or None."""
+    bias = module.bias
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+        scale = torch.rsqrt(module.running_var + module.eps) * (1 if module.weight is None else module.weight)
+        bias = (0 if bias is None else bias) - module.running_mean * scale
+    return None if bias is None or bias.ndim != 1 else bias.detach()

@@ -133,10 +133,11 @@ class ConvolutionalDecoder(_Decoder):
 class TransformerDecoder(_Decoder):
     """(B, prefix + h * w, in_channels) masked tokens -> (B, 4, h', w').
 
-    Four post-norm encoder blocks read the tokens; then the prefix tokens go, the rest is folded to the grid, and it goes up as
+    Post-norm encoder blocks read the tokens; then the prefix tokens go, the rest is folded to the grid, and it goes up as
     in the convolutional decoder, bilinearly: on tokens transposed convolutions end in a checkerboard. Tokens say more in fewer
-    channels than a CNN's maps, so the published widths begin at 256. heads: None takes the largest number up to 12 that divides
-    the width. The other arguments are ConvolutionalDecoder's.
+    channels than a CNN's maps, so the published widths begin at 256. depth: the number of blocks, as published 4; on Signs one,
+    two and four gave equally good maps, and one costs least. heads: None takes the largest number up to 12 that divides the
+    width. The other arguments are ConvolutionalDecoder's.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class TransformerDecoder(_Decoder):
         ch_per_lv=None,
         output_stride=None,
         upsampling="bilinear",
-        depth=4,
+        depth=1,
         heads=None,
         full_widths_from=256,
     ):

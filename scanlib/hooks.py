@@ -15,11 +15,13 @@ the front, and never writes a ``.grad``.
 import contextlib
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 USUAL_PREFIX_TOKENS, MAX_PREFIX_TOKENS = 5, 16  # class, distillation and register tokens in front of the patch tokens
 
@@ -51,22 +53,29 @@ def resolve_layer(model: nn.Module, layer: str | int | nn.Module) -> tuple[str, 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a layer arranges its features: ``kind`` is "BCHW", "BHWC" or "BTC" (tokens, ``prefix`` of them not patches)."""
+    """How a layer arranges its features: ``kind`` is "BCHW", "BHWC" or "BTC" (tokens, ``prefix`` of them not patches).
+
+    "BCHW" stands for channels first, whatever the number of axes: signals and volumes have grids (l,) and (d, h, w).
+    """
 
     kind: str
     channels: int
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     prefix: int = 0
 
     @classmethod
-    def infer(cls, shape: Sequence[int], image_size: tuple[int, int]) -> "Layout":
-        """Read the layout off a feature shape and the (H, W) of the model's input.
+    def infer(cls, shape: Sequence[int], image_size: tuple[int, ...]) -> "Layout":
+        """Read the layout off a feature shape and the (H, W) of the model's input; (L,) of a signal, (D, H, W) of a volume.
 
         Of the two ways to read a 4-D shape, the one whose grid has the picture's aspect ratio is taken. Tokens are
         patches of a square p x p; what exceeds the (H // p) x (W // p) grid stands in front of them; of several such
         readings the one with up to 5 prefix tokens, then patches that tile the picture, is taken. Raises ValueError when
         there is no spatial extent.
         """
+        if len(image_size) != 2:
+            if len(shape) == len(image_size) + 2 and math.prod(shape[2:]) > 1:
+                return cls("BCHW", shape[1], tuple(shape[2:]))
+            raise ValueError(f"the layer has no spatial extent: it returns {tuple(shape)} for an input of {tuple(image_size)}")
         height, width = image_size
         if len(shape) == 4:
             skew = lambda h, w: abs(math.log(h * width / (w * height)))  # noqa: E731
@@ -139,23 +148,34 @@ def class_indices(logits: Tensor, target, unknown: bool = False) -> Tensor:
     return torch.where(index < 0, logits.argmax(1), index.long())
 
 
-def target_scores(logits: Tensor, target: Target = None) -> Tensor:
-    """The score of each image, (B,): the logit of a class, or what a callable makes of the image's row of outputs."""
+def target_scores(outputs, target: Target = None) -> Tensor:
+    """The score of each image, (B,): the logit of a class, or what a callable makes of the image's own output.
+
+    outputs: (B, K) logits; for callables anything with an entry for each image, as maps (B, K, H, W) or a list of detections.
+    """
     many = not callable(target) and isinstance(target, Sequence) and len(target) > 0 and all(map(callable, target))
     if callable(target) or many:
-        functions = list(target) if many else [target] * len(logits)
-        if len(functions) != len(logits):
-            raise ValueError(f"target has {len(functions)} callables for {len(logits)} images; give one, or one per image")
-        scores = [function(row) for function, row in zip(functions, logits, strict=True)]
+        functions = list(target) if many else [target] * len(outputs)
+        if len(functions) != len(outputs):
+            raise ValueError(f"target has {len(functions)} callables for {len(outputs)} images; give one, or one per image")
+        scores = [function(row) for function, row in zip(functions, outputs, strict=True)]
         if not all(isinstance(score, Tensor) and score.numel() == 1 for score in scores):
             raise TypeError("target's callable must map an image's outputs (K,) to a scalar tensor, as `lambda row: row[3]`")
         return torch.stack([score.reshape(()) for score in scores])
-    return logits.gather(1, class_indices(logits, target)[:, None])[:, 0]
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        seen = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"the model returns {seen}, no logits (B, K); give a callable as target, see scanlib.targets")
+    return outputs.gather(1, class_indices(outputs, target)[:, None])[:, 0]
 
 
-def logits_of(output) -> Tensor:
-    """Logits out of a tensor, a tuple, or an object with ``.logits`` (Inception, Hugging Face)."""
+def logits_of(output):
+    """What scores are made of: logits (B, K) out of a tensor, a tuple led by one, an object with ``.logits`` (Inception, Hugging
+    Face), or a dictionary with "out" (segmentation); a list of dictionaries, one per image (detection), stays as it is."""
     output = getattr(output, "logits", output)
+    if isinstance(output, Mapping):
+        output = output.get("logits", output.get("out"))
+    if isinstance(output, (tuple, list)) and len(output) and isinstance(output[0], Mapping):
+        return list(output)
     output = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(output, Tensor):
         raise TypeError(f"the model returns {type(output).__name__}; wrap it so that it returns logits (B, K)")
@@ -174,94 +194,140 @@ def evaluating(model: nn.Module):
             module.training = True
 
 
-class FeatureTap:
-    """Capture a layer's output, and the gradient of any score at that layer.
+class FeatureTaps:
+    """Capture the outputs of several layers in one forward, and the gradient of any score at each of them.
 
     Args:
-        model: any module whose output is (B, K) logits, a tuple led by them, or an object with ``.logits``.
-        layer: name, module, or index into ``list(model.modules())[1:]``.
+        model: any module whose output ``logits_of`` understands.
+        layers: names, modules, or indices into ``list(model.modules())[1:]``.
+        graph: what to record. "tail": from the first of the layers on, nothing in front of it. "whole": everything, down to
+            inputs and weights. None: nothing, features only.
+        twice: let the gradients be differentiated again.
 
-    A context manager: the hook is in place inside ``with`` and gone afterwards, exceptions included. The model runs in
-    eval mode and gets its own modes back. One forward serves any number of targets. If the layer runs several times
+    A context manager: the hooks are in place inside ``with`` and gone afterwards, exceptions included. The model runs in
+    eval mode and gets its own modes back. One forward serves any number of targets. If a layer runs several times
     in one forward (a shared ReLU), the last run is kept.
 
-    Attributes after a call: ``features`` (as the layer returned them, detached), ``logits``, ``layout``.
+    Attributes after a call, each a list in the order of the layers: ``features`` (as the layers returned them; detached, but for
+    graph="whole"), ``captured`` (the same, as they stand in the graph), ``layouts``; and ``logits``, the model's outputs.
     """
 
-    def __init__(self, model: nn.Module, layer: str | int | nn.Module):
-        self.model = model
-        self.name, self.layer = resolve_layer(model, layer)
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str | int | nn.Module], *, graph: str | None = "tail", twice: bool = False
+    ):
+        self.model, self.graph, self.twice = model, graph, twice
+        resolved = [resolve_layer(model, layer) for layer in layers]
+        self.names, self.layers = [name for name, _ in resolved], [layer for _, layer in resolved]
         self.logits: Tensor | None = None
-        self.layout: Layout | None = None
-        self._leaf: Tensor | None = None
-        self._handle = None
+        self.layouts: list[Layout] = []
+        self._captured: dict[int, Tensor] = {}
+        self._handles: list | None = None
         self._running = False
 
-    def __enter__(self) -> "FeatureTap":
-        if self._handle is not None:
-            raise RuntimeError("this FeatureTap is already open; make another for a second use")
-        self._handle = self.layer.register_forward_hook(self._cut)
+    def __enter__(self):
+        if self._handles is not None:
+            raise RuntimeError(f"this {type(self).__name__} is already open; make another for a second use")
+        self._handles = [layer.register_forward_hook(partial(self._capture, i)) for i, layer in enumerate(self.layers)]
         return self
 
     def __exit__(self, *exception) -> None:
-        self._handle.remove()
-        self._handle = self._leaf = self.logits = None  # let the graph go
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._captured, self.logits = None, {}, None  # let the graph go
 
-    def _cut(self, module, inputs, output):
+    def _capture(self, index, module, inputs, output):
         if not self._running:  # someone else runs the model while the tap is open
             return output
         tensor = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"layer {self.name!r} returns {type(tensor).__name__}; tap a layer that returns a tensor")
-        # detach: nothing in front of the layer is recorded; clone: the layer's output may alias its input
-        self._leaf = tensor.detach().clone().requires_grad_()
-        torch.set_grad_enabled(True)  # record the tail only; __call__ restores the caller's mode
-        passed_on = self._leaf.clone()  # an in-place operation behind the layer must not change the features
+            raise TypeError(f"layer {self.names[index]!r} returns {type(tensor).__name__}; tap a layer that returns a tensor")
+        if self.graph is None:
+            self._captured[index] = tensor.detach().clone()  # clone: it may be an input, or be worked on in place
+            return output
+        if tensor.requires_grad and torch.is_grad_enabled():  # behind another of the layers, or the whole graph is kept
+            captured = tensor.clone() if any(tensor is given for given in inputs) else tensor
+        else:  # cut: nothing in front of the layer is recorded
+            captured = tensor.detach().clone().requires_grad_()
+            torch.set_grad_enabled(True)  # record the tail only; __call__ restores the caller's mode
+        self._captured[index] = captured
+        passed_on = captured.clone()  # an in-place operation behind the layer must not change the features
         if not isinstance(output, (tuple, list)):
             return passed_on
         rebuild = getattr(type(output), "_make", type(output))  # named tuples build themselves by _make
         return rebuild([passed_on, *output[1:]])
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Run the model on (B, 3, H, W), already preprocessed. Returns the logits (B, K), detached."""
-        if self._handle is None:
-            raise RuntimeError("FeatureTap is not active; use it as `with FeatureTap(model, layer) as tap: tap(inputs)`")
-        self._leaf, self._running = None, True
+        """Run the model on (B, 3, H, W), already preprocessed. Returns its outputs, (B, K) logits as a rule, detached."""
+        if self._handles is None:
+            name = type(self).__name__
+            raise RuntimeError(f"{name} is not active; use it as `with {name}(model, layer) as tap: tap(inputs)`")
+        self._captured, self._running = {}, True
         try:
-            with torch.inference_mode(False), torch.no_grad(), evaluating(self.model):
+            with torch.inference_mode(False), torch.set_grad_enabled(self.graph == "whole"), evaluating(self.model):
                 if inputs.is_inference():
                     inputs = inputs.clone()  # an inference tensor can not take part in a graph
-                self.logits = logits_of(self.model(inputs))
+                # fused attention has no second derivative
+                with sdpa_kernel(SDPBackend.MATH) if self.twice else contextlib.nullcontext():
+                    self.logits = logits_of(self.model(inputs))
         finally:
             self._running = False
-        if self._leaf is None:
-            raise RuntimeError(f"layer {self.name!r} did not run in the forward pass; tap a layer that the model calls")
-        self.layout = Layout.infer(self._leaf.shape, tuple(inputs.shape[-2:]))
-        return self.logits.detach()
+        for index, name in enumerate(self.names):
+            if index not in self._captured:
+                raise RuntimeError(f"layer {name!r} did not run in the forward pass; tap a layer that the model calls")
+        self.layouts = [Layout.infer(self._captured[i].shape, tuple(inputs.shape[2:])) for i in range(len(self.names))]
+        return self.logits.detach() if isinstance(self.logits, Tensor) else self.logits
+
+    @property
+    def captured(self) -> list[Tensor]:
+        if not self._captured:
+            raise RuntimeError("nothing captured; call the tap on a batch of inputs, and read it inside the `with`")
+        return [self._captured[index] for index in range(len(self.names))]
+
+    @property
+    def features(self) -> list[Tensor]:
+        return [tensor if self.graph == "whole" else tensor.detach() for tensor in self.captured]
+
+    def gradients(self, target: Target = None) -> list[Tensor]:
+        """d score / d features, one for each layer, shaped like its features; part of a graph themselves with ``twice``.
+
+        target: None (predicted class), a class, one class per image, or a callable (one, or one per image) from an
+        image's output row (K,) to a scalar. Raises ValueError for a class out of range, a wrong count, or a score
+        that does not depend on a layer at all (a side branch).
+        """
+        captured = self.captured
+        with torch.inference_mode(False), torch.enable_grad():
+            score = target_scores(self.logits, target).sum()  # images are independent in eval mode: one backward for all
+            gradients = [None] * len(captured)
+            if score.requires_grad:
+                gradients = torch.autograd.grad(score, captured, retain_graph=True, create_graph=self.twice, allow_unused=True)
+        for name, gradient in zip(self.names, gradients, strict=True):
+            if gradient is None:
+                raise ValueError(
+                    f"the score does not depend on layer {name!r}; "
+                    "tap one on the way to the output, outside any no_grad of the model"
+                )
+        return list(gradients)
+
+
+class FeatureTap(FeatureTaps):
+    """Capture one layer's output, and the gradient of any score at that layer: ``FeatureTaps`` for a single layer.
+
+    Attributes after a call: ``features`` (as the layer returned them, detached), ``logits``, ``layout``.
+    """
+
+    def __init__(self, model: nn.Module, layer: str | int | nn.Module):
+        super().__init__(model, [layer])
+        self.name, self.layer = self.names[0], self.layers[0]
+
+    @property
+    def layout(self) -> Layout | None:
+        return self.layouts[0] if self.layouts else None
 
     @property
     def features(self) -> Tensor:
         """The layer's output, detached, in the layer's own layout."""
-        if self._leaf is None:
-            raise RuntimeError("nothing captured; call the tap on a batch of inputs, and read it inside the `with`")
-        return self._leaf.detach()
+        return super().features[0]
 
     def gradient(self, target: Target = None) -> Tensor:
-        """d score / d features, shaped like ``features``.
-
-        target: None (predicted class), a class, one class per image, or a callable (one, or one per image) from an
-        image's output row (K,) to a scalar. Raises ValueError for a class out of range, a wrong count, or a score
-        that does not depend on the layer at all (a side branch).
-        """
-        if self._leaf is None:
-            raise RuntimeError("nothing captured; call the tap on a batch of inputs, and read it inside the `with`")
-        with torch.inference_mode(False), torch.enable_grad():
-            score = target_scores(self.logits, target).sum()  # images are independent in eval mode: one backward for all
-            if score.requires_grad:
-                (gradient,) = torch.autograd.grad(score, self._leaf, retain_graph=True, allow_unused=True)
-                if gradient is not None:
-                    return gradient
-        raise ValueError(
-            f"the score does not depend on layer {self.name!r}; "
-            "tap one on the way to the output, outside any no_grad of the model"
-        )
+        """d score / d features, shaped like ``features``; see ``FeatureTaps.gradients``."""
+        return self.gradients(target)[0]

@@ -181,23 +181,25 @@ def _load_weights(model: nn.Module, path, name: str) -> None:
         raise ValueError(f"{path} does not hold the weights of {name}: {str(error).splitlines()[1].strip()[:160]}") from error
 
 
-def default_layer(model: nn.Module, size: int | tuple[int, int] = 224) -> str:
-    """The last layer with a spatial extent in front of the head, found by one forward pass of zeros at ``size`` pixels.
+def default_layer(model: nn.Module, size: int | tuple[int, ...] = 224, channels: int = 3) -> str:
+    """The last layer with a spatial extent in front of the head, found by one forward pass of zeros of ``size``: pixels, (H, W),
+    the (L,) of a signal, or the (D, H, W) of a volume.
 
     For a vision transformer (torchvision, timm, Hugging Face): the last block's first LayerNorm. The block's own output sends
     no gradient to the patch tokens where the head reads the class token only. Raises ValueError when no layer has a spatial
     extent.
     """
-    height, width = (size, size) if isinstance(size, int) else size
+    size = (size, size) if isinstance(size, int) else tuple(size)
     maps, norms, handles = [], [], []
 
     def note(name):
         def hook(module, inputs, output):
             if not isinstance(output, Tensor):
                 return
-            if output.ndim == 3 and name.rpartition(".")[2] in BLOCK_NORMS:
+            spatial = output.shape[1:3] if len(size) == 2 else output.shape[2:]  # (N, h, w, C) too: Swin
+            if output.ndim == 3 and len(size) == 2 and name.rpartition(".")[2] in BLOCK_NORMS:
                 norms.append(name)
-            elif output.ndim == 4 and min(output.shape[1:3]) > 1 and not isinstance(module, NOT_FEATURES):
+            elif output.ndim == len(size) + 2 and min(spatial) > 1 and not isinstance(module, NOT_FEATURES):
                 maps.append(name)
 
         return hook
@@ -208,7 +210,7 @@ def default_layer(model: nn.Module, size: int | tuple[int, int] = 224) -> str:
                 if name and name.split(".")[0] not in HEADS:
                     handles.append(module.register_forward_hook(note(name)))
             first = next(model.parameters())
-            model(torch.zeros(1, 3, height, width, device=first.device, dtype=first.dtype))
+            model(torch.zeros(1, channels, *size, device=first.device, dtype=first.dtype))
         finally:
             for handle in handles:
                 handle.remove()

@@ -11,6 +11,7 @@ P-th percentile of G's positive entries (Eq. 1). Its target is the picture blurr
 """
 
 import copy
+import inspect
 import math
 import os
 import warnings
@@ -118,12 +119,13 @@ class SCAN:
         *,
         output_stride: int | None = None,
         upsampling: str | None = None,
+        depth: int = 1,
     ) -> "SCAN":
         """Build the decoder for this layer.
 
         is_Transformer: None takes the transformer decoder for token layers and the convolutional one else. False on a token layer
-        folds the tokens to their grid first. The other arguments are the decoders', None their defaults: see
-        ``ConvolutionalDecoder``; tokens are up-sampled bilinearly.
+        folds the tokens to their grid first. depth: encoder blocks of the transformer decoder, published 4. The other
+        arguments are the decoders', None their defaults: see ``ConvolutionalDecoder``; tokens are up-sampled bilinearly.
         """
         layout = self.layout
         tokens = layout.kind == "BTC"
@@ -139,7 +141,7 @@ class SCAN:
             "full_widths_from": 256 if tokens or transformer else 512,
         }
         if transformer:
-            config["prefix"] = layout.prefix
+            config |= {"prefix": layout.prefix, "depth": depth}
         self._adopt(self._built(config), config)
         self._trained = False
         return self
@@ -175,7 +177,8 @@ class SCAN:
         """
         self._need_decoder("generate_decoder() or load_decoder(path)")
         self.criterion = SelfConfidenceLoss(loss_alpha)
-        self.optimizer = optimizer_class(self.decoder.parameters(), lr=learning_rate)
+        fused = {"fused": True} if "fused" in inspect.signature(optimizer_class).parameters and self.device.type != "mps" else {}
+        self.optimizer = optimizer_class(self.decoder.parameters(), lr=learning_rate, **fused)  # one pass over the weights
         self.scheduler = scheduler_class(self.optimizer, **(scheduler_kwargs or {})) if scheduler_class else None
         self.metrics = [metric() for metric in (metrics if metrics is not None else (ConfidentMAE, NonConfidentMAE))]
         self._scheduler_interval, self._schedule = scheduler_interval, {}

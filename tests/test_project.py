@@ -45,10 +45,11 @@ def test_version_and_citation():
 
 def test_a_file_imports_only_from_the_floors_below():
     floors = [
-        {"checkpoint", "hooks", "loss", "decoders", "maps", "masking", "randomness", "signs", "photos", "plots"},
-        {"data"},
-        {"attention", "models", "cams", "metrics", "feature_cache", "trainer"},
-        {"scan"},
+        {"checkpoint", "hooks", "loss", "decoders", "maps", "masking", "randomness", "signs", "photos", "plots", "targets"},
+        {"data", "explainer", "tail"},
+        {"attention", "models", "metrics", "feature_cache", "trainer"},
+        {"cams", "factorization"},
+        {"perturbation", "scan"},
         {"cli"},
         {"__main__", "__init__"},
     ]

@@ -1,0 +1,70 @@
+"""The call every explainer answers, so that a comparison is a loop over a dictionary.
+
+explainer = Method(model, target_layer=None, preprocess=None)
+maps = explainer(images)                                # (N, 3, H, W) in [0, 255] -> (N, H, W) in [0, 1]
+raw = explainer(images, target=3, normalize=False)      # (N, h, w), as computed, at feature resolution
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from scanlib.hooks import Target, evaluating
+from scanlib.maps import stretched
+
+
+class Explainer:
+    """What every method shares. A method says in ``_maps`` what it makes of preprocessed inputs.
+
+    Args:
+        model: put in eval mode for the call, and back; nothing about it is changed.
+        target_layer: the layer, or layers, to read; what None takes is the method's business.
+        preprocess: what turns images in [0, 255] into the model's input; None passes them on as they are.
+    """
+
+    differentiable = False  # whether the map's own gradient is wanted
+
+    def __init__(self, model: nn.Module, target_layer=None, preprocess: Callable[[Tensor], Tensor] | None = None):
+        self.model, self.target_layer = model, target_layer
+        self.preprocess = preprocess or (lambda images: images)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Nothing to undo: hooks live for one call."""
+
+    def __call__(self, images: Tensor, target: Target = None, normalize: bool = True) -> Tensor:
+        """Images (N, 3, H, W) in [0, 255] -> maps (N, H, W) in [0, 1], on their device, negative values taken as 0; with
+        normalize=False the raw maps (N, h, w) at feature resolution. Signals (N, C, L) and volumes (N, C, D, H, W) give maps of
+        their own shape.
+
+        target: None (predicted class), a class, one per image, or callables on an image's outputs. Raises ValueError for images
+        of another shape or with NaN, and for a wrong count of classes.
+        """
+        with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable), evaluating(self.model):
+            maps = self._maps(self._inputs(images), target)
+        return (stretched(maps.relu(), images.shape[2:]) if normalize else maps).to(images.device)
+
+    def _inputs(self, images: Tensor) -> Tensor:
+        """Checked, preprocessed, on the model's device, in its precision."""
+        pictures = any(isinstance(module, nn.Conv2d) for module in self.model.modules())  # else: signals or volumes
+        if not isinstance(images, Tensor) or images.ndim < 3 or (pictures and (images.ndim != 4 or images.shape[1] > 4)):
+            seen = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images must be a tensor (N, 3, H, W), not {seen}; put [None] behind a single one")
+        if not torch.isfinite(images).all():
+            raise ValueError("images hold NaN or infinite values; expected finite pixels in [0, 255]")
+        weight = next((p for p in self.model.parameters() if p.is_floating_point()), images)
+        inputs = self.preprocess(images.to(weight.device))
+        inputs = inputs.to(weight.dtype) if weight.is_floating_point() else inputs
+        return inputs.clone() if inputs.is_inference() else inputs  # an inference tensor can not take part in a graph
+
+    def _maps(self, inputs: Tensor, target: Target) -> Tensor:
+        """Inputs (N, ...) -> raw maps (N, h, w)."""
+        raise NotImplementedError
+
+
+def exact(x: Tensor) -> Tensor:
+    """Single precision or better: sums over many entries want it, whatever the model computes in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

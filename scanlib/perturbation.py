@@ -1,0 +1,187 @@
+"""Class activation maps whose weights come from trying: what becomes of the score when a channel masks the image, or is missing?
+
+    Score-CAM       w_c = score of the image under channel c's own map          softmax over the channels
+    SS-CAM          the same, averaged over noisy maps
+    IS-CAM          the same, averaged over the map at a rising strength
+    Ablation-CAM    w_c = share of the score that is lost when channel c is zeroed
+
+and then relu(sum_c w_c A_c). No gradient is needed, but a run of the model per channel: in batches, with the memory of one.
+Channels that are constant over the picture are tried once for all of them; Ablation-CAM runs only what lies behind the layer.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from scanlib.cams import _CAM, weighted_sum
+from scanlib.explainer import exact
+from scanlib.hooks import FeatureTaps, Target, class_indices, logits_of, target_scores
+from scanlib.maps import resized, unit_range
+from scanlib.tail import Tail
+
+
+class _Perturbation(_CAM):
+    """A CAM whose weights come from many runs. batch_size: images a run. ``_CAM`` tells the other arguments."""
+
+    graph, formula = None, staticmethod(weighted_sum)
+
+    def __init__(self, model, target_layer=None, preprocess=None, *, batch_size: int = 32, **options):
+        if options.get("differentiable"):
+            raise ValueError(
+                f"differentiable=True is not for {type(self).__name__}, whose weights have no gradient; take GradCAM"
+            )
+        super().__init__(model, target_layer, preprocess, **options)
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} is too small; give 1 or more")
+        self.batch_size = batch_size
+
+    def _layer_maps(self, inputs, targets):
+        with FeatureTaps(self.model, self.layers, graph=None) as taps:
+            outputs = taps(inputs)
+            features = self._arranged(taps, taps.features)
+        targets = [class_indices(outputs, target) if not _callable(target) else target for target in targets]
+        weights = [self._weights(inputs, layer, A, outputs, targets) for layer, A in zip(self.layers, features, strict=True)]
+        return [
+            [weighted_sum(A, of_layer[k], **self.options) for A, of_layer in zip(features, weights, strict=True)]
+            for k in range(len(targets))
+        ]
+
+    def _weights(self, inputs: Tensor, layer: str, A: Tensor, outputs, targets: list[Target]) -> Tensor:
+        """Weights (K, N, C) for features A (N, C, h, w) and K targets; outputs: the model's, of the images as they are."""
+        raise NotImplementedError
+
+
+def _callable(target: Target) -> bool:
+    return callable(target) or (isinstance(target, (list, tuple)) and len(target) > 0 and all(map(callable, target)))
+
+
+def _chosen(target: Target, images: Tensor) -> Target:
+    """The target of each of a batch that is made of these images."""
+    if callable(target):
+        return target
+    return target[images] if isinstance(target, Tensor) else [target[i] for i in images.tolist()]
+
+
+class ScoreCAM(_Perturbation):
+    """Score-CAM (Wang et al. 2020, Eqs. 5-7): w_c is the score of the preprocessed image times channel c's map.
+
+    softmax: "channels": weights are the softmax of the logits over the channels, as in the paper's algorithm; "classes": they are
+    the class's probability under each mask, as in its authors' code; callables are taken as they are. stretch: maps are brought
+    to [0, 1] "after" they are resized (the paper), or "before".
+    """
+
+    def __init__(
+        self, model, target_layer=None, preprocess=None, *, softmax: str = "channels", stretch: str = "after", **options
+    ):
+        super().__init__(model, target_layer, preprocess, **options)
+        if softmax not in ("channels", "classes"):
+            raise ValueError(f"softmax {softmax!r} is not known; take 'channels' or 'classes'")
+        if stretch not in ("before", "after"):
+            raise ValueError(f"stretch {stretch!r} is not known; take 'before' or 'after'")
+        self.softmax, self.stretch = softmax, stretch
+
+    def _weights(self, inputs, layer, A, outputs, targets):
+        scores = self._scores(inputs, A, targets)
+        return scores.softmax(-1) if self.softmax == "channels" else scores
+
+    def _scores(self, inputs: Tensor, A: Tensor, targets: list[Target]) -> Tensor:
+        """Scores (K, N, C) of each image under each channel's mask."""
+        constant = A.flatten(2).amax(2) == A.flatten(2).amin(2)  # masks of zeros: all these see the same black image
+        scores = self._tried(inputs, A, (~constant).nonzero(), targets)
+        if constant.any():
+            black = exact(self._score(self.model(torch.zeros_like(inputs)), targets, torch.arange(len(inputs))))
+            scores = torch.where(constant, black[..., None], scores)
+        return scores
+
+    def _tried(self, inputs: Tensor, A: Tensor, pairs: Tensor, targets: list[Target], change: Callable | None = None) -> Tensor:
+        """Scores (K, N, C), filled in at pairs (n, 2) of image and channel. change: what is done to masks (n, H, W) first."""
+        scores = A.new_zeros(len(targets), *A.shape[:2])
+        for image, channel in (part.T for part in pairs.split(self.batch_size)):
+            masks = A[image, channel]
+            masks = unit_range(masks) if self.stretch == "before" else masks
+            masks = resized(masks, inputs.shape[2:])
+            masks = unit_range(masks) if self.stretch == "after" else masks
+            masks = masks if change is None else change(masks)
+            masked = inputs[image] * masks[:, None].to(inputs.dtype)
+            scores[:, image, channel] = exact(self._score(self.model(masked), targets, image))
+        return scores
+
+    def _score(self, outputs, targets: list[Target], images: Tensor) -> Tensor:
+        outputs = logits_of(outputs)
+        if self.softmax == "classes" and not any(map(_callable, targets)):
+            outputs = outputs.softmax(1)
+        return torch.stack([target_scores(outputs, _chosen(target, images)) for target in targets])
+
+
+class SSCAM(ScoreCAM):
+    """SS-CAM (Wang et al. 2020, arXiv 2006.14255): Score-CAM averaged over masks with noise N(0, std^2), a draw for each sample,
+    channel and pixel."""
+
+    def __init__(
+        self, model, target_layer=None, preprocess=None, *, samples: int = 35, std: float = 2.0, seed: int = 0, **options
+    ):
+        super().__init__(model, target_layer, preprocess, **options)
+        if samples < 1:
+            raise ValueError(f"samples {samples} is too few; give 1 or more")
+        self.samples, self.std, self.seed = samples, std, seed
+
+    def _scores(self, inputs, A, targets):
+        generator = torch.Generator(inputs.device).manual_seed(self.seed)
+
+        def noisy(masks: Tensor) -> Tensor:
+            noise = torch.randn(masks.shape, generator=generator, device=masks.device, dtype=masks.dtype)
+            return masks.add_(noise, alpha=self.std)
+
+        pairs = torch.ones(A.shape[:2], device=A.device).nonzero()
+        return sum(self._tried(inputs, A, pairs, targets, noisy) for _ in range(self.samples)) / self.samples
+
+
+class ISCAM(ScoreCAM):
+    """IS-CAM (Naidu et al. 2020, arXiv 2010.03023): Score-CAM averaged over the masks at strengths 1/n, 2/n, ..., 1."""
+
+    def __init__(self, model, target_layer=None, preprocess=None, *, samples=10, **options):
+        super().__init__(model, target_layer, preprocess, **options)
+        if samples < 1:
+            raise ValueError(f"samples {samples} is too few; give 1 or more")
+        self.strengths = [(step + 1) / samples for step in range(samples)]
+
+    def _scores(self, inputs, A, targets):
+        return torch.stack([ScoreCAM._scores(self, strength * inputs, A, targets) for strength in self.strengths]).mean(0)
+
+
+class AblationCAM(_Perturbation):
+    """Ablation-CAM (Desai, Ramaswamy 2020, Eq. 3): w_c = (y - y_c) / |y|, y_c the score with channel c zeroed at every place.
+
+    The size of y is divided by, not y: else every weight turns round where the score is negative. Prefix tokens stay as they are.
+    batch_size: None takes as many versions of the features as fit 64 MB.
+    """
+
+    def __init__(self, model, target_layer=None, preprocess=None, *, batch_size: int | None = None, **options):
+        super().__init__(model, target_layer, preprocess, batch_size=batch_size or 1, **options)
+        if self.reshape is not None:
+            raise ValueError("reshape is not for AblationCAM, which has to write into the layer's output; take ScoreCAM")
+        self.batch_size = batch_size
+
+    def _weights(self, inputs, layer, A, outputs, targets):
+        weights = A.new_zeros(len(targets), *A.shape[:2])
+        for image in range(len(inputs)):  # each a few runs of a full batch
+            with Tail(self.model, layer, inputs[image : image + 1]) as tail:
+                weights[:, image] = self._lost(tail, A[image : image + 1], [_chosen(t, torch.tensor([image])) for t in targets])
+        return weights
+
+    def _lost(self, tail: Tail, A: Tensor, targets: list[Target]) -> Tensor:
+        """Weights (K, C) of one image."""
+        layout = tail.layout
+        whole = self._score(tail.outputs, targets)
+        scores = whole.expand(-1, A.shape[1]).clone()
+        alive = A[0].flatten(1).any(1).nonzero()[:, 0]  # zeroing a channel of zeros changes nothing
+        for channels in alive.split(self.batch_size or max(1, min(256, int(64e6 / (4 * tail.features.numel()))))):
+            versions = tail.features.expand(len(channels), *tail.features.shape[1:]).clone()
+            layout.to_maps(versions)[torch.arange(len(channels)), channels] = 0
+            scores[:, channels] = self._score(tail(versions), targets)
+        return (whole - scores) / whole.abs().clamp_min(1e-12)
+
+    def _score(self, outputs, targets: list[Target]) -> Tensor:
+        one = [t[0] if isinstance(t, list) else t for t in targets]
+        return exact(torch.stack([target_scores(outputs, t if callable(t) else t.expand(len(outputs))) for t in one]))
