@@ -11,7 +11,6 @@ from scanlib.cams import (
     EigenCAM,
     EigenGradCAM,
     FinerCAM,
-    FullGrad,
     GradCAM,
     GradCAMElementWise,
     GradCAMPlusPlus,
@@ -28,6 +27,7 @@ from scanlib.cams import (
 from scanlib.data import PhotoFolder, Signs, read_image
 from scanlib.decoders import ConvolutionalDecoder, ResidualModule, TransformerBlock, TransformerDecoder
 from scanlib.factorization import DeepFeatureFactorization
+from scanlib.fullgrad import FullGrad
 from scanlib.hooks import FeatureTap, FeatureTaps, Layout, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, self_confidence
 from scanlib.models import SmallResNet, load_target, small_vit

@@ -28,6 +28,7 @@ class Explainer:
     def __init__(self, model: nn.Module, target_layer=None, preprocess: Callable[[Tensor], Tensor] | None = None):
         self.model, self.target_layer = model, target_layer
         self.preprocess = preprocess or (lambda images: images)
+        self._sees_pictures = any(isinstance(module, nn.Conv2d) for module in model.modules())  # else: signals or volumes
 
     def __enter__(self):
         return self
@@ -49,8 +50,11 @@ class Explainer:
 
     def _inputs(self, images: Tensor) -> Tensor:
         """Checked, preprocessed, on the model's device, in its precision."""
-        pictures = any(isinstance(module, nn.Conv2d) for module in self.model.modules())  # else: signals or volumes
-        if not isinstance(images, Tensor) or images.ndim < 3 or (pictures and (images.ndim != 4 or images.shape[1] > 4)):
+        if (
+            not isinstance(images, Tensor)
+            or images.ndim < 3
+            or (self._sees_pictures and (images.ndim != 4 or images.shape[1] > 4))
+        ):
             seen = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images must be a tensor (N, 3, H, W), not {seen}; put [None] behind a single one")
         if not torch.isfinite(images).all():
@@ -58,11 +62,17 @@ class Explainer:
         weight = next((p for p in self.model.parameters() if p.is_floating_point()), images)
         inputs = self.preprocess(images.to(weight.device))
         inputs = inputs.to(weight.dtype) if weight.is_floating_point() else inputs
-        return inputs.clone() if inputs.is_inference() else inputs  # an inference tensor can not take part in a graph
+        return quick(inputs.clone() if inputs.is_inference() else inputs)  # an inference tensor can not take part in a graph
 
     def _maps(self, inputs: Tensor, target: Target) -> Tensor:
         """Inputs (N, ...) -> raw maps (N, h, w)."""
         raise NotImplementedError
+
+
+def quick(inputs: Tensor) -> Tensor:
+    """Pictures in the order in memory in which convolutions on the CPU run faster, by a fifth to a half: channels last."""
+    pictures = inputs.ndim == 4 and inputs.device.type == "cpu"
+    return inputs.contiguous(memory_format=torch.channels_last) if pictures else inputs
 
 
 def exact(x: Tensor) -> Tensor:

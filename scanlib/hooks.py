@@ -32,11 +32,11 @@ def resolve_layer(model: nn.Module, layer: str | int | nn.Module) -> tuple[str, 
     Returns its dotted name and the module. Raises ValueError (unknown name or module, index out of range) and
     TypeError (anything else).
     """
+    if isinstance(layer, str) and layer:
+        with contextlib.suppress(AttributeError):
+            return layer, model.get_submodule(layer)
     named = dict(list(model.named_modules())[1:])
     if isinstance(layer, str):
-        named |= dict(list(model.named_modules(remove_duplicate=False))[1:])  # a shared module answers to each of its names
-        if layer in named:
-            return layer, named[layer]
         close = difflib.get_close_matches(layer, named, n=5, cutoff=0.5) or list(dict(model.named_children()))
         raise ValueError(f"target_layer {layer!r} not found; close matches: {', '.join(close)}")
     if isinstance(layer, nn.Module):
@@ -186,7 +186,8 @@ def logits_of(output):
 def evaluating(model: nn.Module):
     """Put every module into eval mode, and back as each was, exceptions included."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         yield model
     finally:

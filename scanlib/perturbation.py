@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scanlib.cams import _CAM, weighted_sum
-from scanlib.explainer import exact
+from scanlib.explainer import exact, quick
 from scanlib.hooks import FeatureTaps, Target, class_indices, logits_of, target_scores
 from scanlib.maps import resized, unit_range
 from scanlib.tail import Tail
@@ -26,7 +26,7 @@ class _Perturbation(_CAM):
 
     graph, formula = None, staticmethod(weighted_sum)
 
-    def __init__(self, model, target_layer=None, preprocess=None, *, batch_size: int = 32, **options):
+    def __init__(self, model, target_layer=None, preprocess=None, *, batch_size: int = 16, **options):
         if options.get("differentiable"):
             raise ValueError(
                 f"differentiable=True is not for {type(self).__name__}, whose weights have no gradient; take GradCAM"
@@ -36,20 +36,10 @@ class _Perturbation(_CAM):
             raise ValueError(f"batch_size {batch_size} is too small; give 1 or more")
         self.batch_size = batch_size
 
-    def _layer_maps(self, inputs, targets):
-        with FeatureTaps(self.model, self.layers, graph=None) as taps:
-            outputs = taps(inputs)
-            features = self._arranged(taps, taps.features)
-        targets = [class_indices(outputs, target) if not _callable(target) else target for target in targets]
-        weights = [self._weights(inputs, layer, A, outputs, targets) for layer, A in zip(self.layers, features, strict=True)]
-        return [
-            [weighted_sum(A, of_layer[k], **self.options) for A, of_layer in zip(features, weights, strict=True)]
-            for k in range(len(targets))
-        ]
 
-    def _weights(self, inputs: Tensor, layer: str, A: Tensor, outputs, targets: list[Target]) -> Tensor:
-        """Weights (K, N, C) for features A (N, C, h, w) and K targets; outputs: the model's, of the images as they are."""
-        raise NotImplementedError
+def _resolved(targets: list[Target], outputs) -> list[Target]:
+    """Classes as a tensor with one per image; callables as they are."""
+    return [target if _callable(target) else class_indices(outputs, target) for target in targets]
 
 
 def _callable(target: Target) -> bool:
@@ -68,22 +58,30 @@ class ScoreCAM(_Perturbation):
 
     softmax: "channels": weights are the softmax of the logits over the channels, as in the paper's algorithm; "classes": they are
     the class's probability under each mask, as in its authors' code; callables are taken as they are. stretch: maps are brought
-    to [0, 1] "after" they are resized (the paper), or "before".
+    to [0, 1] "after" they are resized (the paper), or "before". amp: run in bfloat16, in about half the time.
     """
 
     def __init__(
-        self, model, target_layer=None, preprocess=None, *, softmax: str = "channels", stretch: str = "after", **options
+        self, model, target_layer=None, preprocess=None, *, softmax="channels", stretch="after", amp: bool = False, **options
     ):
         super().__init__(model, target_layer, preprocess, **options)
         if softmax not in ("channels", "classes"):
             raise ValueError(f"softmax {softmax!r} is not known; take 'channels' or 'classes'")
         if stretch not in ("before", "after"):
             raise ValueError(f"stretch {stretch!r} is not known; take 'before' or 'after'")
-        self.softmax, self.stretch = softmax, stretch
+        self.softmax, self.stretch, self.amp = softmax, stretch, amp
 
-    def _weights(self, inputs, layer, A, outputs, targets):
-        scores = self._scores(inputs, A, targets)
-        return scores.softmax(-1) if self.softmax == "channels" else scores
+    def _layer_maps(self, inputs, targets):
+        with FeatureTaps(self.model, self.layers, graph=None) as taps:
+            targets = _resolved(targets, taps(inputs))
+            features = self._arranged(taps, taps.features)
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
+            weights = [self._scores(inputs, A, targets) for A in features]
+        weights = [w.softmax(-1) for w in weights] if self.softmax == "channels" else weights
+        return [
+            [weighted_sum(A, of_layer[k], **self.options) for A, of_layer in zip(features, weights, strict=True)]
+            for k in range(len(targets))
+        ]
 
     def _scores(self, inputs: Tensor, A: Tensor, targets: list[Target]) -> Tensor:
         """Scores (K, N, C) of each image under each channel's mask."""
@@ -103,7 +101,7 @@ class ScoreCAM(_Perturbation):
             masks = resized(masks, inputs.shape[2:])
             masks = unit_range(masks) if self.stretch == "after" else masks
             masks = masks if change is None else change(masks)
-            masked = inputs[image] * masks[:, None].to(inputs.dtype)
+            masked = quick(inputs[image] * masks[:, None].to(inputs.dtype))
             scores[:, image, channel] = exact(self._score(self.model(masked), targets, image))
         return scores
 
@@ -163,25 +161,31 @@ class AblationCAM(_Perturbation):
             raise ValueError("reshape is not for AblationCAM, which has to write into the layer's output; take ScoreCAM")
         self.batch_size = batch_size
 
-    def _weights(self, inputs, layer, A, outputs, targets):
-        weights = A.new_zeros(len(targets), *A.shape[:2])
-        for image in range(len(inputs)):  # each a few runs of a full batch
-            with Tail(self.model, layer, inputs[image : image + 1]) as tail:
-                weights[:, image] = self._lost(tail, A[image : image + 1], [_chosen(t, torch.tensor([image])) for t in targets])
-        return weights
+    def _layer_maps(self, inputs, targets):
+        return list(zip(*(self._of_layer(inputs, layer, targets) for layer in self.layers), strict=True))
 
-    def _lost(self, tail: Tail, A: Tensor, targets: list[Target]) -> Tensor:
+    def _of_layer(self, inputs: Tensor, layer: str, targets: list[Target]) -> list[Tensor]:
+        """One map (N, h, w) for each target."""
+        with Tail(self.model, layer, inputs) as tail:
+            A, targets = exact(tail.layout.to_maps(tail.features)), _resolved(targets, tail.outputs)
+            weights = A.new_zeros(len(targets), *A.shape[:2])
+            for image in range(len(inputs)):  # each a few runs of a full batch
+                weights[:, image] = self._lost(tail, A, image, [_chosen(target, torch.tensor([image])) for target in targets])
+        return [weighted_sum(A, of_target, **self.options) for of_target in weights]
+
+    def _lost(self, tail: Tail, A: Tensor, image: int, targets: list[Target]) -> Tensor:
         """Weights (K, C) of one image."""
-        layout = tail.layout
-        whole = self._score(tail.outputs, targets)
+        features, one = tail.features[image : image + 1], slice(image, image + 1)
+        whole = self._score(tail.outputs[one], targets)
         scores = whole.expand(-1, A.shape[1]).clone()
-        alive = A[0].flatten(1).any(1).nonzero()[:, 0]  # zeroing a channel of zeros changes nothing
-        for channels in alive.split(self.batch_size or max(1, min(256, int(64e6 / (4 * tail.features.numel()))))):
-            versions = tail.features.expand(len(channels), *tail.features.shape[1:]).clone()
-            layout.to_maps(versions)[torch.arange(len(channels)), channels] = 0
-            scores[:, channels] = self._score(tail(versions), targets)
+        alive = A[image].flatten(1).any(1).nonzero()[:, 0]  # zeroing a channel of zeros changes nothing
+        for channels in alive.split(self.batch_size or max(1, min(256, int(64e6 / (4 * features.numel()))))):
+            versions = features.expand(len(channels), *features.shape[1:]).clone()
+            tail.layout.to_maps(versions)[torch.arange(len(channels)), channels] = 0
+            scores[:, channels] = self._score(tail(versions, image), targets)
         return (whole - scores) / whole.abs().clamp_min(1e-12)
 
     def _score(self, outputs, targets: list[Target]) -> Tensor:
-        one = [t[0] if isinstance(t, list) else t for t in targets]
+        """Scores (K, n) of n versions of an image; each target is of that image."""
+        one = [target[0] if isinstance(target, list) else target for target in targets]
         return exact(torch.stack([target_scores(outputs, t if callable(t) else t.expand(len(outputs))) for t in one]))

@@ -73,6 +73,68 @@ def panels(
     return figure
 
 
+def predictions(logits: Tensor, classes: Sequence[str]) -> list[str]:
+    """A title for each image: its likeliest class and, below, the softmax's probability; logits (N, K)."""
+    best = logits.detach().float().softmax(1).max(1)
+    return [f"{classes[k]}\n{p:.2f}" for p, k in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+
+def comparison(
+    images: Tensor,
+    maps: dict[str, Tensor],
+    titles: Sequence[str] = (),
+    size: float = 1.1,
+    opacity: float = 0.55,
+    colormap: str = "magma",
+):
+    """Methods down, images across: the pictures (N, 3, H, W) in [0, 255], then each method's maps (N, h, w) in [0, 1] over them,
+    all on one range, which the bar shows. Returns the figure.
+
+    titles: one per image, as ``predictions`` gives them.
+    """
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    rows = [list(images)] + [
+        [overlay(x, m, opacity, colormap) for x, m in zip(images, each, strict=True)] for each in maps.values()
+    ]
+    figure = panels(rows, titles, size=size)
+    figure.set_size_inches(size * len(images) + 0.075 * max(map(len, maps)) + 0.6, size * len(rows) + 0.5)  # room for the names
+    for axis, name in zip(figure.axes[:: len(images)], ["", *maps], strict=True):
+        axis.text(-0.06, 0.5, name, ha="right", va="center", fontsize=8, transform=axis.transAxes)
+    scale = plt.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), colormap)
+    figure.colorbar(scale, ax=figure.axes, fraction=0.02, pad=0.01, aspect=40)
+    return figure
+
+
+def concept_picture(image: Tensor | np.ndarray, maps: Tensor, opacity: float = 0.85, colormap: str = "tab10") -> np.ndarray:
+    """A factorization's maps (k, H, W) over a picture: each pixel takes on the colour of its strongest concept, the more the
+    stronger that is. (H, W, 3) uint8."""
+    values, strongest = maps.detach().cpu().float().max(0)
+    cover = opacity * values.clamp(0, 1).numpy()[..., None]
+    return to_pixels((1 - cover) * to_pixels(image) + cover * 255 * coloured_concepts(len(maps), colormap)[strongest.numpy()])
+
+
+def coloured_concepts(count: int, colormap: str = "tab10") -> np.ndarray:
+    """A colour for each concept, (count, 3) in [0, 1]."""
+    import matplotlib
+
+    colours = matplotlib.colormaps[colormap]
+    return np.array([colours(i % colours.N if colours.N < 256 else i / max(count - 1, 1))[:3] for i in range(count)])
+
+
+def concepts(images: Tensor, found, classes: Sequence[str], size: float = 1.3, colormap: str = "tab10"):
+    """Pictures, a ``Factorization``'s concepts over them, and a legend: what the model makes of each. Returns the figure."""
+    import matplotlib.pyplot as plt
+
+    figure = panels(
+        [list(images), [concept_picture(x, m, colormap=colormap) for x, m in zip(images, found.maps, strict=True)]], size=size
+    )
+    handles = [plt.Line2D([], [], color=colour, lw=6) for colour in coloured_concepts(len(found.concepts), colormap)]
+    figure.legend(handles, found.labels(classes), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
 def curves(
     series: dict[str, Sequence[float]], x: Sequence[float] | None = None, title: str = "", xlabel: str = "", ylabel: str = ""
 ):

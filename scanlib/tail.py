@@ -2,8 +2,8 @@
 
 A method that asks "what if these features were different?" a thousand times need not run the front of the model a thousand times:
 
-    with Tail(model, "layer4", inputs) as tail:     # inputs (1, 3, H, W): runs the model once, and remembers
-        outputs = tail(features)                    # (n, C, h, w), in place of the layer's output -> (n, K)
+    with Tail(model, "layer4", inputs) as tail:     # inputs (N, 3, H, W): runs the model once, and remembers
+        outputs = tail(features, image=2)           # (n, C, h, w), in place of the layer's output for that image -> (n, K)
 
 In the first run every outermost module that ends before the layer begins is noted with its output. In the later ones these
 modules hand that output out instead of computing it, and the layer hands out the given features.
@@ -18,10 +18,13 @@ from scanlib.hooks import Layout, evaluating, logits_of, resolve_layer
 
 
 class Tail:
-    """The part of a model behind a layer, for one input; a context manager, which leaves the model as it found it.
+    """The part of a model behind a layer; a context manager, which leaves the model as it found it.
 
-    model, layer: as for ``FeatureTap``. inputs: (1, ...), preprocessed. Where a layer runs several times in one forward, its last
-    run counts. ``features``: the layer's own output, (1, ...), arranged as ``layout`` says; ``outputs``: the model's.
+    model, layer: as for ``FeatureTap``. inputs: (N, ...), preprocessed. Where a layer runs several times in one forward, its last
+    run counts. ``features``: the layer's own output, (N, ...), arranged as ``layout`` says; ``outputs``: the model's.
+
+    Once it is tried whether the remembered outputs lead to the model's own; if not (a front that treats the images of a batch
+    differently), the front runs again each time.
     """
 
     def __init__(self, model: nn.Module, layer, inputs: Tensor):
@@ -43,11 +46,24 @@ class Tail:
                 handle.remove()
         if not self._runs:
             raise RuntimeError(f"layer {self.name!r} did not run in the forward pass; take a layer that the model calls")
+        self.features = self._output[0] if isinstance(self._output, (tuple, list)) else self._output
         self.layout = Layout.infer(self.features.shape, tuple(self.inputs.shape[2:]))
+        if not self._faithful():
+            self._recorded = []
         return self
 
     def __exit__(self, *exception) -> None:
-        self._recorded, self.features, self.outputs = [], None, None
+        self._recorded, self._output, self.features, self.outputs = [], None, None, None
+
+    def _faithful(self) -> bool:
+        """Do the last image's own features give its own outputs?"""
+        if not isinstance(self.outputs, Tensor):
+            return False
+        try:
+            outputs, expected = self(self.features[-1:], len(self.inputs) - 1)[0], self.outputs[-1]
+        except RuntimeError:  # shapes
+            return False
+        return bool(torch.allclose(outputs, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())))
 
     def _begin(self, module, inputs):
         if module is self.layer:
@@ -57,44 +73,39 @@ class Tail:
     def _end(self, module, inputs, output):
         self._open.pop()
         if module is self.layer:
-            self._runs, self.features = self._runs + 1, _first(output).clone()
+            self._runs, self._output = self._runs + 1, _mapped(output, torch.clone)
         elif self._open:
             self._open[-1][1].append((module, _mapped(output, torch.clone)))  # clone: the model may go on in place
 
-    def __call__(self, features: Tensor) -> Tensor:
-        """The model's outputs for n versions of the layer's output, (n, ...) -> (n, K). No graph is recorded."""
+    def __call__(self, features: Tensor, image: int = 0) -> Tensor:
+        """The model's outputs for n versions of the layer's output for an image, (n, ...) -> (n, K). No graph is recorded."""
         try:
-            return self._run(features)
+            return self._run(features, image)
         except RuntimeError as error:
             if not self._share or "single memory location" not in str(error):
                 raise
             self._share = False  # the model works in place on what it was handed, so each of the n needs a copy
-            return self._run(features)
+            return self._run(features, image)
 
-    def _run(self, features: Tensor) -> Tensor:
-        count, runs = len(features), 0
-
+    def _run(self, features: Tensor, image: int) -> Tensor:
         def many(x: Tensor) -> Tensor:
-            x = x.expand(count, *x.shape[1:]) if x.ndim and len(x) == 1 else x
+            of_images = x.ndim and len(x) == len(self.inputs)
+            x = x[image : image + 1].expand(len(features), *x.shape[1:]) if of_images else x
             return x if self._share else x.clone()
 
-        def given(module, inputs, output):
-            nonlocal runs
-            runs += 1
-            return _with_first(output, features.clone()) if runs == self._runs else output
-
-        waiting: dict[nn.Module, deque] = {}
+        waiting: dict[nn.Module, deque] = {
+            self.layer: deque([None] * (self._runs - 1))
+        }  # earlier runs of the layer: as they come
         for module, output in self._recorded:
-            waiting.setdefault(module, deque()).append(output)
+            waiting.setdefault(module, deque()).append(_mapped(output, many))
+        waiting[self.layer].append(_with_first(_mapped(self._output, many), features.clone()))
         before = {module: vars(module).get("forward") for module in waiting}
-        handle = self.layer.register_forward_hook(given)
         try:
             for module, outputs in waiting.items():
-                module.forward = _Remembered(module.forward, outputs, many)
+                module.forward = _Remembered(module.forward, outputs)
             with torch.no_grad(), evaluating(self.model):
                 return logits_of(self.model(many(self.inputs)))
         finally:
-            handle.remove()
             for module, own in before.items():
                 del module.forward
                 if own is not None:
@@ -102,13 +113,14 @@ class Tail:
 
 
 class _Remembered:
-    """A forward that hands out what it returned before, in order, and computes again when nothing is left."""
+    """A forward that hands out given outputs in order, and computes where there is None or nothing left."""
 
-    def __init__(self, forward, outputs: deque, many):
-        self.forward, self.outputs, self.many = forward, outputs, many
+    def __init__(self, forward, outputs: deque):
+        self.forward, self.outputs = forward, outputs
 
     def __call__(self, *args, **kwargs):
-        return _mapped(self.outputs.popleft(), self.many) if self.outputs else self.forward(*args, **kwargs)
+        output = self.outputs.popleft() if self.outputs else None
+        return self.forward(*args, **kwargs) if output is None else output
 
 
 def _mapped(output, function):
@@ -120,10 +132,6 @@ def _mapped(output, function):
     if isinstance(output, dict):
         return type(output)((key, _mapped(entry, function)) for key, entry in output.items())
     return output
-
-
-def _first(output) -> Tensor:
-    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _with_first(output, features: Tensor):

@@ -14,7 +14,8 @@ from torch import nn
 
 import scanlib
 from scanlib import targets
-from scanlib.cams import FUSE, first_component, implicit_bias
+from scanlib.cams import FUSE, first_component
+from scanlib.fullgrad import implicit_bias
 from scanlib.hooks import FeatureTaps
 from scanlib.maps import resized, stretched
 from tests.conftest import TinyNet

@@ -258,3 +258,32 @@ def test_a_tail_of_ones_own_forward():
             tail(torch.rand(2, 9, 4, 4))
         assert model.front.forward is own
     assert math.isfinite(float(model(torch.rand(1, 3, 16, 16)).sum()))
+
+
+def test_bfloat16_runs_give_nearly_the_same_map():
+    torch.manual_seed(0)
+    model, x = FlattenNet().eval(), torch.randn(2, 3, 16, 16)
+    exact, quick = (scanlib.ScoreCAM(model, "layer", amp=amp)(x, 1) for amp in (False, True))
+    assert quick.dtype == torch.float32 and not torch.equal(exact, quick)
+    torch.testing.assert_close(exact, quick, rtol=0, atol=0.02)
+
+
+class Batched(TinyNet):
+    """A front that treats the images of a batch differently: the first gets a brighter look."""
+
+    def forward(self, x):
+        x = self.front(x)
+        return self.head(self.back(x * (1 + (torch.arange(len(x)) == 0)[:, None, None, None])).mean((2, 3)))
+
+
+def test_a_tail_notices_that_it_can_not_remember():
+    torch.manual_seed(0)
+    model, x = Batched().eval(), torch.rand(3, 3, 16, 16)
+    with Tail(model, "back.0", x) as tail:
+        assert tail._recorded
+    with Tail(model, "front.1", x) as tail:  # here the last image, alone, would be the first
+        assert not tail._recorded
+        replaced = tail(tail.features[:2], image=0)
+    with torch.no_grad():
+        brighter = model.front(x[:2]) * torch.tensor([2.0, 1.0])[:, None, None, None]
+        torch.testing.assert_close(replaced, model.head(model.back(brighter).mean((2, 3))))

@@ -48,7 +48,7 @@ def test_a_file_imports_only_from_the_floors_below():
         {"checkpoint", "hooks", "loss", "decoders", "maps", "masking", "randomness", "signs", "photos", "plots", "targets"},
         {"data", "explainer", "tail"},
         {"attention", "models", "metrics", "feature_cache", "trainer"},
-        {"cams", "factorization"},
+        {"cams", "factorization", "fullgrad"},
         {"perturbation", "scan"},
         {"cli"},
         {"__main__", "__init__"},
