@@ -11,6 +11,7 @@ of what each channel contributes; with ``combine=first_component`` its first pri
 smooth").
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from scanlib.explainer import Explainer, exact
-from scanlib.hooks import FeatureTaps, Target, class_indices, evaluating, resolve_layer
+from scanlib.hooks import FeatureTaps, Target, class_indices, evaluating, resolve_layer, target_scores
 from scanlib.maps import resized, stretched, unit_range
 from scanlib.models import default_layer
 from scanlib.targets import contrast
@@ -234,6 +235,8 @@ class _CAM(Explainer):
             raise ValueError(f"fuse {fuse!r} is not known; take one of {', '.join(FUSE)}, or a function")
         self.fuse = fuse if callable(fuse) else FUSE[fuse]
         self.reshape, self.aug_smooth = reshape, aug_smooth
+        if eigen_smooth and "combine" not in inspect.signature(type(self).formula).parameters:
+            raise ValueError(f"eigen_smooth is not for {type(self).__name__}, whose map is a component already; leave it out")
         self.options = {"combine": first_component} if eigen_smooth else {}
         self.differentiable = differentiable
         if differentiable:
@@ -309,7 +312,7 @@ class CAM(_CAM):
         self.fc_layer = fc_layer
 
     def _evidence(self, taps, target):
-        channels = [self._arranged(taps, taps.features)[i].shape[1] for i in range(len(self.layers))]
+        channels = [A.shape[1] for A in self._arranged(taps, taps.features)]
         if len(set(channels)) != 1:
             raise ValueError(f"target_layer has layers of {channels} channels; CAM reads the one in front of the pooling")
         weights = self._head(channels[0], taps.logits.shape[1])[class_indices(taps.logits, target)]
@@ -437,6 +440,8 @@ class EigenCAM(_CAM):
     graph, formula = None, staticmethod(eigen_cam)
 
     def _evidence(self, taps, target):
+        if target is not None:
+            target_scores(taps.logits, target)  # a wrong one is refused all the same
         return []
 
 

@@ -45,7 +45,8 @@ class Explainer:
         of another shape or with NaN, and for a wrong count of classes.
         """
         with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable), evaluating(self.model):
-            maps = self._maps(self._inputs(images), target)
+            inputs = self._inputs(images)
+            maps = self._maps(inputs, target) if len(images) else images.new_zeros(0, *images.shape[2:])
         return (stretched(maps.relu(), images.shape[2:]) if normalize else maps).to(images.device)
 
     def _inputs(self, images: Tensor) -> Tensor:

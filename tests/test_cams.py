@@ -447,6 +447,12 @@ def test_eigen_smooth():
     torch.testing.assert_close(hires, stretched(scanlib.EigenGradCAM(model, "layer")(x, 1, normalize=False).relu(), (16, 16)))
 
 
+@pytest.mark.parametrize("name", ["EigenCAM", "EigenGradCAM", "SegEigenCAM", "KPCACAM"])
+def test_a_component_is_not_smoothed_again(name):
+    with pytest.raises(ValueError, match=f"eigen_smooth is not for {name}"):
+        getattr(scanlib, name)(TinyNet(), "back", eigen_smooth=True)
+
+
 def test_aug_smooth():
     torch.manual_seed(0)
     model, x = TinyNet().double().eval(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
@@ -607,15 +613,20 @@ def test_hugging_face_outputs():
 # --- bad input, and the model afterwards ---
 
 
-@pytest.mark.parametrize("name", ["GradCAM", "CAM", "ScoreCAM", "AblationCAM", "FinerCAM", "ShapleyCAM", "FullGrad", "EigenCAM"])
+@pytest.mark.parametrize("name", [*EVERY, "CAM"])
 def test_bad_targets_are_refused(name):
     model, x = TinyNet().eval(), torch.rand(3, 3, 16, 16)
     cases = [([1, 2], "2 classes for 3 images"), (5, "class 5 is out of range"), ([0, 1, -1], "class -1 is out of range")]
-    if name == "EigenCAM":
-        cases = []
     for target, message in cases:
         with pytest.raises(ValueError, match=message):
             explained(name, model, "back", x, target)
+
+
+@pytest.mark.parametrize("name", [*EVERY, "CAM", "SSCAM"])
+def test_a_context_manager_and_an_empty_batch(name):
+    arguments = () if name == "FullGrad" else ("back",)
+    with getattr(scanlib, name)(TinyNet().eval(), *arguments) as explainer:
+        assert explainer(torch.rand(0, 3, 16, 16)).shape == (0, 16, 16)
 
 
 def test_bad_images_are_refused():
