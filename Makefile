@@ -23,8 +23,9 @@ test: .venv/installed-test           ## ruff, the tests, and every notebook
 lab: .venv/installed                 ## JupyterLab on the notebooks
 	$(BIN)/python -m jupyterlab notebooks
 
-bench: .venv/installed               ## speed and quality beside the straightforward way; writes benchmarks/RESULTS.md
+bench: .venv/installed-test          ## beside the straightforward way and the peers; writes benchmarks/RESULTS.md and PEERS.md
 	$(BIN)/python benchmarks/core.py
+	$(BIN)/python benchmarks/peers.py
 
 checkpoints: .venv/installed         ## train what ships in data/checkpoints
 	$(BIN)/python data/make_checkpoints.py

@@ -235,7 +235,7 @@ def _read(pairs: Tensor, last_gradient: Tensor) -> Tensor:
     count = reads.sum(1, keepdim=True)
     if not count.all():
         empty = int((count == 0).sum())
-        warnings.warn(f"the score of {empty} images has no gradient at the last attention, so their maps are empty", stacklevel=4)
+        warnings.warn(f"the score of {empty} images has no gradient at the last attention, so their maps are empty", stacklevel=5)
     return (reads[:, None] @ pairs)[:, 0] / count.clamp_min(1)
 
 

@@ -166,17 +166,17 @@ def weighted_sum(A: Tensor, weights: Tensor, combine=channel_sum) -> Tensor:
 
 def mean_of_maps(maps: Sequence[Tensor]) -> Tensor:
     """Each layer's map stretched to [0, 1], then their mean."""
-    return torch.stack([unit_range(layer) for layer in maps]).mean(0)
+    return torch.stack([unit_range(layer.relu()) for layer in maps]).mean(0)
 
 
 def max_of_maps(maps: Sequence[Tensor]) -> Tensor:
     """Each layer's map stretched to [0, 1], then their maximum."""
-    return torch.stack([unit_range(layer) for layer in maps]).amax(0)
+    return torch.stack([unit_range(layer.relu()) for layer in maps]).amax(0)
 
 
 def product_of_maps(maps: Sequence[Tensor]) -> Tensor:
     """Each layer's map stretched to [0, 1], then their product: what all layers agree on."""
-    return torch.stack([unit_range(layer) for layer in maps]).prod(0)
+    return torch.stack([unit_range(layer.relu()) for layer in maps]).prod(0)
 
 
 def max_of_tanh(maps: Sequence[Tensor]) -> Tensor:
@@ -230,13 +230,19 @@ class _CAM(Explainer):
         if not layers:
             raise ValueError(f"target_layer {target_layer!r} is empty; give a layer, a list of them, or None for the last one")
         self.layers = None if target_layer is None else [resolve_layer(model, layer)[0] for layer in layers]
+        self._found: dict[tuple[int, ...], str] = {}  # the last layer with a spatial extent, by the shape of an input
         fuse = fuse or self.fusion
         if not callable(fuse) and fuse not in FUSE:
             raise ValueError(f"fuse {fuse!r} is not known; take one of {', '.join(FUSE)}, or a function")
         self.fuse = fuse if callable(fuse) else FUSE[fuse]
         self.reshape, self.aug_smooth = reshape, aug_smooth
-        if eigen_smooth and "combine" not in inspect.signature(type(self).formula).parameters:
+        component = "combine" not in inspect.signature(type(self).formula).parameters
+        if eigen_smooth and component:
             raise ValueError(f"eigen_smooth is not for {type(self).__name__}, whose map is a component already; leave it out")
+        if differentiable and (eigen_smooth or component):
+            raise ValueError(
+                "differentiable=True is not for principal components, which turn where eigenvalues meet; take GradCAM"
+            )
         self.options = {"combine": first_component} if eigen_smooth else {}
         self.differentiable = differentiable
         if differentiable:
@@ -248,7 +254,11 @@ class _CAM(Explainer):
     def for_classes(self, images: Tensor, classes: Sequence[Target], normalize: bool = True) -> Tensor:
         """The same images for K classes, (N, K, H, W), from one run of the model; (N, K, h, w) raw. classes: K targets."""
         with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable), evaluating(self.model):
-            maps = torch.stack(self._maps_for(self._inputs(images), list(classes)), 1)
+            inputs = self._inputs(images)
+            if not len(images):
+                return torch.zeros(0, len(classes), *images.shape[2:], device=images.device)
+            maps = torch.stack(self._maps_for(inputs, list(classes)), 1)
+        self._one_each(maps, images)
         if normalize:
             maps = stretched(maps.flatten(0, 1).relu(), images.shape[2:]).unflatten(0, maps.shape[:2])
         return maps.to(images.device)
@@ -258,14 +268,19 @@ class _CAM(Explainer):
 
     def _maps_for(self, inputs: Tensor, targets: list[Target]) -> list[Tensor]:
         """One raw map (N, h, w) for each target."""
-        if self.layers is None:
-            self.layers = [default_layer(self.model, tuple(inputs.shape[2:]), inputs.shape[1])]
+        if self.target_layer is None:
+            shape = tuple(inputs.shape[1:])
+            if shape not in self._found:
+                self._found[shape] = default_layer(self.model, shape[1:], shape[0])
+            self.layers = [self._found[shape]]
         if not self.aug_smooth:
             return self._fused(inputs, targets)
-        if None in targets:  # changed inputs must not be explained for other classes
-            with FeatureTaps(self.model, self.layers, graph=None) as taps:
-                predicted = class_indices(taps(inputs), None)
-            targets = [predicted if target is None else target for target in targets]
+        with FeatureTaps(self.model, self.layers, graph=None) as taps:
+            logits = taps(inputs)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            raise ValueError("aug_smooth mirrors the images, but not what a target says of places; leave it out for this model")
+        # changed inputs must not be explained for other classes
+        targets = [class_indices(logits, None) if target is None else target for target in targets]
         runs = [self._fused(scale * inputs, targets) for scale in (0.9, 1.0, 1.1)]
         mirrored = [self._fused(scale * inputs.flip(-1), targets) for scale in (0.9, 1.0, 1.1)]
         runs += [[maps.flip(-1) for maps in run] for run in mirrored]
@@ -294,7 +309,7 @@ class _CAM(Explainer):
 
     def _arranged(self, taps: FeatureTaps, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Each layer's tensor as (N, C, h, w), in single precision or better."""
-        arrange = [self.reshape or layout.to_maps for layout in taps.layouts]
+        arrange = [self.reshape] * len(tensors) if self.reshape else [layout.to_maps for layout in taps.layouts]
         return [exact(to_maps(tensor)) for to_maps, tensor in zip(arrange, tensors, strict=True)]
 
 
@@ -315,27 +330,34 @@ class CAM(_CAM):
         channels = [A.shape[1] for A in self._arranged(taps, taps.features)]
         if len(set(channels)) != 1:
             raise ValueError(f"target_layer has layers of {channels} channels; CAM reads the one in front of the pooling")
-        weights = self._head(channels[0], taps.logits.shape[1])[class_indices(taps.logits, target)]
+        if callable(target):
+            raise TypeError("CAM's target must be a class, not a callable: it reads the head's weights; take GradCAM")
+        classes = class_indices(taps.logits, target)
+        weights = self._head(channels[0], taps.logits.shape[1])[classes]
         return [[exact(weights)] * len(channels)]
 
     def _head(self, channels: int, classes: int) -> Tensor:
+        heads = dict(self.model.named_modules())
         if self.fc_layer is not None:
-            heads = [resolve_layer(self.model, self.fc_layer)]
-        else:
-            heads = [
-                (name, module)
-                for name, module in self.model.named_modules()
-                if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-                and module.weight.shape[:2] == (classes, channels)
-            ]
-        fits = [module.weight for _, module in heads if module.weight.numel() == classes * channels]
+            try:
+                heads = dict([resolve_layer(self.model, self.fc_layer)])
+            except (TypeError, ValueError) as error:
+                raise type(error)(str(error).replace("target_layer", "fc_layer")) from None
+        fits = {
+            name: module.weight
+            for name, module in heads.items()
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+            and module.weight.shape[:2] == (classes, channels)
+            and module.weight.numel() == classes * channels
+        }
         if len(fits) != 1:
-            found = ", ".join(name for name, _ in heads) or "none"
+            found = ", ".join(fits) or "none"
             raise ValueError(
                 f"CAM needs one linear layer from {channels} channels to {classes} classes, found: {found}; "
                 "give fc_layer and the target_layer in front of it, or take GradCAM"
             )
-        return fits[0].detach().reshape(classes, channels)
+        (weight,) = fits.values()
+        return weight.reshape(classes, channels)
 
 
 class GradCAM(_CAM):
@@ -502,6 +524,8 @@ class FinerCAM(GradCAM):
         self.references, self.strength = references, strength
 
     def _evidence(self, taps, target):
+        if callable(target):
+            raise TypeError("FinerCAM's target must be a class, not a callable: it makes its own; take GradCAM")
         classes = class_indices(taps.logits, target).tolist()
         return super()._evidence(taps, [contrast(c, self.references, self.strength) for c in classes])
 

@@ -28,7 +28,8 @@ class Explainer:
     def __init__(self, model: nn.Module, target_layer=None, preprocess: Callable[[Tensor], Tensor] | None = None):
         self.model, self.target_layer = model, target_layer
         self.preprocess = preprocess or (lambda images: images)
-        self._sees_pictures = any(isinstance(module, nn.Conv2d) for module in model.modules())  # else: signals or volumes
+        # channels of pictures, or None where the model takes signals or volumes
+        self._channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
     def __enter__(self):
         return self
@@ -46,15 +47,24 @@ class Explainer:
         """
         with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable), evaluating(self.model):
             inputs = self._inputs(images)
-            maps = self._maps(inputs, target) if len(images) else images.new_zeros(0, *images.shape[2:])
+            maps = self._maps(inputs, target) if len(images) else torch.zeros(0, *images.shape[2:], device=images.device)
+        self._one_each(maps, images)
         return (stretched(maps.relu(), images.shape[2:]) if normalize else maps).to(images.device)
+
+    def _one_each(self, maps: Tensor, images: Tensor) -> None:
+        if len(maps) != len(images):
+            raise ValueError(
+                f"{type(self).__name__} finds {len(maps)} maps for {len(images)} images: the first axis of target_layer's output "
+                "is not the images'; take another layer, or give a reshape where the method has one"
+            )
 
     def _inputs(self, images: Tensor) -> Tensor:
         """Checked, preprocessed, on the model's device, in its precision."""
+        allowed = (1, 3, 4, self._channels)
         if (
             not isinstance(images, Tensor)
             or images.ndim < 3
-            or (self._sees_pictures and (images.ndim != 4 or images.shape[1] > 4))
+            or (self._channels is not None and (images.ndim != 4 or images.shape[1] not in allowed))
         ):
             seen = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images must be a tensor (N, 3, H, W), not {seen}; put [None] behind a single one")

@@ -45,8 +45,8 @@ def _improve(H: Tensor, products: Tensor, gram: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Factorization:
-    """maps (N, k, H, W) in [0, 1], each concept's largest value being 1; raw (N, k, h, w), H as it is; concepts (k, C); scores
-    (k, K), logits; error: |V - H W| / |V|."""
+    """maps (N, k, H, W) in [0, 1], each concept's largest value being 1; raw (N, k, h, w), H, its largest being 1; concepts
+    (k, C), W; scores (k, K), logits; error: |V - H W| / |V|, of V lifted where features are negative."""
 
     maps: Tensor
     raw: Tensor
@@ -90,6 +90,8 @@ class DeepFeatureFactorization(Explainer):
     def __call__(self, images: Tensor) -> Factorization:
         with torch.inference_mode(False), evaluating(self.model):
             inputs = self._inputs(images)
+            if not len(images):
+                raise ValueError("images is empty; give at least one to factorize")
             layer = self.target_layer
             if layer is None:
                 layer = default_layer(self.model, tuple(inputs.shape[2:]), inputs.shape[1])
@@ -101,7 +103,8 @@ class DeepFeatureFactorization(Explainer):
             lift = V.amin(0).clamp_max(0)
             H, W = nmf(V - lift, self.concepts, self.iterations, self.seed)
             error = float((V - lift - H @ W).norm() / (V - lift).norm().clamp_min(1e-12))
-            W = W + lift
+            strongest = H.amax(0).clamp_min(1e-12)  # only H W is fixed: let each concept be as strong as at its strongest place
+            H, W = H / strongest, W * strongest[:, None] + lift
             with Tail(self.model, layer, inputs[:1]) as tail:
                 pure = tail.features.expand(self.concepts, *tail.features.shape[1:]).clone()
                 layout.to_maps(pure)[:] = W.view(*W.shape, *[1] * len(layout.grid)).to(pure.dtype)
@@ -109,4 +112,4 @@ class DeepFeatureFactorization(Explainer):
         raw = H.unflatten(0, (len(A), *A.shape[2:])).movedim(-1, 1)
         maps = resized(raw.flatten(0, 1), images.shape[2:]).unflatten(0, raw.shape[:2])
         maps = maps / maps.amax((0, *range(2, maps.ndim)), keepdim=True).clamp_min(1e-12)
-        return Factorization(maps.to(images.device), raw.to(images.device), W, scores, error)
+        return Factorization(*(tensor.to(images.device) for tensor in (maps, raw, W, scores)), error)

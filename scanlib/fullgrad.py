@@ -5,29 +5,51 @@
 The map is the size of each share, where it stands.
 """
 
-import contextlib
+import math
 from functools import partial
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from scanlib.explainer import Explainer, exact
 from scanlib.hooks import Layout, logits_of, target_scores
 from scanlib.maps import resized
 
+NORMS = (nn.modules.batchnorm._BatchNorm, torchvision.ops.FrozenBatchNorm2d)  # with statistics of their own
 BIASED = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm),
+    *(*NORMS, nn.GroupNorm, nn.LayerNorm),
 )
+
+
+NONE = (type(None), nn.Identity)
 
 
 def implicit_bias(module: nn.Module) -> Tensor | None:
     """What a layer in eval mode adds to a linear map of its input, (C,), or None."""
     bias = module.bias
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+    if isinstance(module, NORMS) and module.running_mean is not None:
         scale = torch.rsqrt(module.running_var + module.eps) * (1 if module.weight is None else module.weight)
         bias = (0 if bias is None else bias) - module.running_mean * scale
     return None if bias is None or bias.ndim != 1 else bias.detach()
+
+
+def _layout(module: nn.Module, output: Tensor, size: tuple[int, ...]) -> Layout:
+    """Channels stand last behind a Linear or a LayerNorm, first behind all else (and behind a LayerNorm made for maps).
+
+    Raises ValueError for what is no grid over the picture.
+    """
+    shape = tuple(output.shape)
+    if not isinstance(module, (nn.Linear, nn.LayerNorm)) or (output.ndim > 3 and shape[1] == len(module.bias) != shape[-1]):
+        return Layout("BCHW", shape[1], shape[2:])
+    if len(shape) == 3 and len(size) == 2:
+        return Layout.infer(shape, size)
+    layout = Layout("BHWC", shape[-1], shape[1:-1])
+    cell = [side / cells for side, cells in zip(size, layout.grid, strict=True)]
+    if max(cell) > 1.25 * min(cell):  # windows, not places
+        raise ValueError("no grid over the picture")
+    return layout
 
 
 class FullGrad(Explainer):
@@ -35,7 +57,8 @@ class FullGrad(Explainer):
 
     b is what the layer adds to a linear map: the bias, and for batch normalisation beta - mu gamma / sqrt(var + eps). All layers
     with a spatial extent count, so there is no target_layer. For a network of linear pieces the signed terms, the head's own
-    bias included, sum to the score. Absolute values are summed over the channels before anything is resized.
+    bias included, sum to the score. Absolute values are summed over the channels before anything is resized. Attention's own
+    biases are not seen, and models that cut the picture into windows, or norms with an activation built in, are refused.
     """
 
     def __init__(self, model, target_layer=None, preprocess=None):
@@ -51,14 +74,25 @@ class FullGrad(Explainer):
             term = torch.einsum("nc...,c->n...", exact(layout.to_maps(gradient)).abs(), exact(bias).abs())
             totals[layout.grid] = totals[layout.grid] + term if layout.grid in totals else term
 
-        def watch(module, _, output):
+        def watch(name: str, module, _, output) -> None:
             bias = implicit_bias(module)
-            if bias is not None and output.requires_grad:
-                with contextlib.suppress(ValueError):  # no spatial extent
-                    # what the hook is given belongs to the output as it is now, whatever works on it in place afterwards
-                    output.register_hook(partial(add, bias, Layout.infer(output.shape, size)))
+            if bias is None or not output.requires_grad or output.ndim < 3:
+                return
+            try:
+                layout = _layout(module, output, size)
+                fits = len(output) == len(inputs) and layout.channels == len(bias)
+            except ValueError:
+                fits = output.numel() == len(inputs) * len(bias)  # a single place, as a class token's
+                layout = None
+            if not fits or not isinstance(getattr(module, "act", None), NONE):
+                raise ValueError(f"FullGrad does not know where the bias of {name!r} acts on the picture; take GradCAM")
+            if layout is not None and math.prod(layout.grid) > 1:
+                # what the hook is given belongs to the output as it is now, whatever works on it in place afterwards
+                output.register_hook(partial(add, bias, layout))
 
-        handles = [module.register_forward_hook(watch) for module in self.model.modules() if isinstance(module, BIASED)]
+        handles = [
+            m.register_forward_hook(partial(watch, name)) for name, m in self.model.named_modules() if isinstance(m, BIASED)
+        ]
         try:
             with torch.enable_grad():
                 inputs = inputs.detach().requires_grad_()

@@ -73,8 +73,14 @@ class Layout:
         there is no spatial extent.
         """
         if len(image_size) != 2:
-            if len(shape) == len(image_size) + 2 and math.prod(shape[2:]) > 1:
-                return cls("BCHW", shape[1], tuple(shape[2:]))
+            if len(shape) == len(image_size) + 2:  # channels first, but for a grid that fits the input better from behind
+                first, last = cls("BCHW", shape[1], tuple(shape[2:])), cls("BHWC", shape[-1], tuple(shape[1:-1]))
+                skews = [
+                    [math.log(size / cells) for size, cells in zip(image_size, way.grid, strict=True)] for way in (first, last)
+                ]
+                layout = last if max(skews[1]) - min(skews[1]) < max(skews[0]) - min(skews[0]) - 1e-6 else first
+                if math.prod(layout.grid) > 1:
+                    return layout
             raise ValueError(f"the layer has no spatial extent: it returns {tuple(shape)} for an input of {tuple(image_size)}")
         height, width = image_size
         if len(shape) == 4:
@@ -109,13 +115,13 @@ class Layout:
         """Any layout -> (B, C, h, w); prefix tokens are dropped."""
         if self.kind == "BTC":
             x = x[:, self.prefix :].unflatten(1, self.grid)
-        return x if self.kind == "BCHW" else x.permute(0, 3, 1, 2)
+        return x if self.kind == "BCHW" else x.movedim(-1, 1)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """Any layout -> (B, T, C); prefix tokens are kept."""
         if self.kind == "BTC":
             return x
-        return (x.flatten(2).transpose(1, 2)) if self.kind == "BCHW" else x.flatten(1, 2)
+        return (x.flatten(2).transpose(1, 2)) if self.kind == "BCHW" else x.flatten(1, -2)
 
 
 Target = int | Sequence[int] | Tensor | Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]] | None
@@ -127,6 +133,9 @@ def class_indices(logits: Tensor, target, unknown: bool = False) -> Tensor:
     unknown: let -1 mean "not known", and become the predicted class. Raises ValueError for a class out of range or a wrong
     count, TypeError for anything but integers.
     """
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        seen = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model returns {seen}, no logits (B, K); give a callable as target, see scanlib.targets")
     count, classes = logits.shape
     if target is None:
         return logits.argmax(1)
@@ -162,9 +171,6 @@ def target_scores(outputs, target: Target = None) -> Tensor:
         if not all(isinstance(score, Tensor) and score.numel() == 1 for score in scores):
             raise TypeError("target's callable must map an image's outputs (K,) to a scalar tensor, as `lambda row: row[3]`")
         return torch.stack([score.reshape(()) for score in scores])
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-        seen = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"the model returns {seen}, no logits (B, K); give a callable as target, see scanlib.targets")
     return outputs.gather(1, class_indices(outputs, target)[:, None])[:, 0]
 
 
@@ -220,7 +226,7 @@ class FeatureTaps:
         resolved = [resolve_layer(model, layer) for layer in layers]
         self.names, self.layers = [name for name, _ in resolved], [layer for _, layer in resolved]
         self.logits: Tensor | None = None
-        self.layouts: list[Layout] = []
+        self._input_size: tuple[int, ...] = ()
         self._captured: dict[int, Tensor] = {}
         self._handles: list | None = None
         self._running = False
@@ -275,8 +281,12 @@ class FeatureTaps:
         for index, name in enumerate(self.names):
             if index not in self._captured:
                 raise RuntimeError(f"layer {name!r} did not run in the forward pass; tap a layer that the model calls")
-        self.layouts = [Layout.infer(self._captured[i].shape, tuple(inputs.shape[2:])) for i in range(len(self.names))]
+        self._input_size = tuple(inputs.shape[2:])
         return self.logits.detach() if isinstance(self.logits, Tensor) else self.logits
+
+    @property
+    def layouts(self) -> list[Layout]:
+        return [Layout.infer(tensor.shape, self._input_size) for tensor in self.captured]
 
     @property
     def captured(self) -> list[Tensor]:
@@ -319,10 +329,13 @@ class FeatureTap(FeatureTaps):
     def __init__(self, model: nn.Module, layer: str | int | nn.Module):
         super().__init__(model, [layer])
         self.name, self.layer = self.names[0], self.layers[0]
+        self.layout: Layout | None = None
 
-    @property
-    def layout(self) -> Layout | None:
-        return self.layouts[0] if self.layouts else None
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """``FeatureTaps``'s, and a layer without a spatial extent is refused at once."""
+        logits = super().__call__(inputs)
+        self.layout = self.layouts[0]
+        return logits
 
     @property
     def features(self) -> Tensor:

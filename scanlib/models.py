@@ -94,7 +94,7 @@ class Target:
 
 
 BLOCK_NORMS = ("ln_1", "norm1", "layernorm_before")  # a transformer block's first LayerNorm: torchvision, timm, Hugging Face
-HEADS = ("classifier", "head", "heads", "fc", "AuxLogits")
+HEADS = ("classifier", "aux_classifier", "head", "heads", "fc", "AuxLogits")
 NOT_FEATURES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Identity, nn.LayerNorm, torchvision.ops.Permute)
 
 SIGNS_MODELS = {"signs_cnn": (SmallResNet, "layer4"), "signs_vit": (small_vit, "encoder.layers.encoder_layer_1")}

@@ -73,7 +73,10 @@ class ScoreCAM(_Perturbation):
 
     def _layer_maps(self, inputs, targets):
         with FeatureTaps(self.model, self.layers, graph=None) as taps:
-            targets = _resolved(targets, taps(inputs))
+            logits = taps(inputs)
+            targets = _resolved(targets, logits)
+            if self.softmax == "classes" and isinstance(logits, Tensor) and logits.shape[1] == 1:
+                raise ValueError("softmax='classes' says nothing of a single output; take softmax='channels'")
             features = self._arranged(taps, taps.features)
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
             weights = [self._scores(inputs, A, targets) for A in features]
@@ -88,28 +91,27 @@ class ScoreCAM(_Perturbation):
         constant = A.flatten(2).amax(2) == A.flatten(2).amin(2)  # masks of zeros: all these see the same black image
         scores = self._tried(inputs, A, (~constant).nonzero(), targets)
         if constant.any():
-            black = exact(self._score(self.model(torch.zeros_like(inputs)), targets, torch.arange(len(inputs))))
+            black = self._score(self.model(torch.zeros_like(inputs)), targets, torch.arange(len(inputs))).to(scores.dtype)
             scores = torch.where(constant, black[..., None], scores)
         return scores
 
     def _tried(self, inputs: Tensor, A: Tensor, pairs: Tensor, targets: list[Target], change: Callable | None = None) -> Tensor:
         """Scores (K, N, C), filled in at pairs (n, 2) of image and channel. change: what is done to masks (n, H, W) first."""
         scores = A.new_zeros(len(targets), *A.shape[:2])
-        for image, channel in (part.T for part in pairs.split(self.batch_size)):
+        for image, channel in (part.T for part in pairs.split(self.batch_size) if len(part)):
             masks = A[image, channel]
             masks = unit_range(masks) if self.stretch == "before" else masks
             masks = resized(masks, inputs.shape[2:])
             masks = unit_range(masks) if self.stretch == "after" else masks
             masks = masks if change is None else change(masks)
             masked = quick(inputs[image] * masks[:, None].to(inputs.dtype))
-            scores[:, image, channel] = exact(self._score(self.model(masked), targets, image))
+            scores[:, image, channel] = self._score(self.model(masked), targets, image).to(scores.dtype)
         return scores
 
     def _score(self, outputs, targets: list[Target], images: Tensor) -> Tensor:
         outputs = logits_of(outputs)
-        if self.softmax == "classes" and not any(map(_callable, targets)):
-            outputs = outputs.softmax(1)
-        return torch.stack([target_scores(outputs, _chosen(target, images)) for target in targets])
+        rows = [outputs.softmax(1) if self.softmax == "classes" and not _callable(target) else outputs for target in targets]
+        return torch.stack([target_scores(row, _chosen(t, images)) for row, t in zip(rows, targets, strict=True)])
 
 
 class SSCAM(ScoreCAM):
@@ -156,7 +158,7 @@ class AblationCAM(_Perturbation):
     """
 
     def __init__(self, model, target_layer=None, preprocess=None, *, batch_size: int | None = None, **options):
-        super().__init__(model, target_layer, preprocess, batch_size=batch_size or 1, **options)
+        super().__init__(model, target_layer, preprocess, batch_size=1 if batch_size is None else batch_size, **options)
         if self.reshape is not None:
             raise ValueError("reshape is not for AblationCAM, which has to write into the layer's output; take ScoreCAM")
         self.batch_size = batch_size
@@ -180,6 +182,8 @@ class AblationCAM(_Perturbation):
         scores = whole.expand(-1, A.shape[1]).clone()
         alive = A[image].flatten(1).any(1).nonzero()[:, 0]  # zeroing a channel of zeros changes nothing
         for channels in alive.split(self.batch_size or max(1, min(256, int(64e6 / (4 * features.numel()))))):
+            if not len(channels):  # all are dead
+                break
             versions = features.expand(len(channels), *features.shape[1:]).clone()
             tail.layout.to_maps(versions)[torch.arange(len(channels)), channels] = 0
             scores[:, channels] = self._score(tail(versions, image), targets)

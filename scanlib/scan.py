@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from scanlib import decoders
 from scanlib.checkpoint import load_checkpoint, save_checkpoint
+from scanlib.explainer import quick
 from scanlib.feature_cache import Encoded, FeatureCache, pictures, repeats
 from scanlib.hooks import FeatureTap, Layout, class_indices, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, split_outputs
@@ -357,7 +358,7 @@ class SCAN:
         """``extract`` of checked images; unknown: let class -1 mean the predicted one, as for training labels."""
         layout = self.layout  # before the layer's name is read: it may move
         with FeatureTap(self.model, self.layer_name) as tap:
-            logits = tap(self.preprocess(images))
+            logits = tap(quick(self.preprocess(images)))
             if not (callable(target) or _callables(target)):
                 target = class_indices(logits, target, unknown)
             features = self._arranged(tap.features).float()

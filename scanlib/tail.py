@@ -38,7 +38,8 @@ class Tail:
         handles = []
         try:
             for module in self.model.modules():
-                handles += [module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._end)]
+                handles.append(module.register_forward_pre_hook(self._begin))
+                handles.append(module.register_forward_hook(self._end, prepend=True))  # in front of hooks that change the output
             with torch.no_grad(), evaluating(self.model):
                 self.outputs = logits_of(self.model(self.inputs))
         finally:
@@ -47,6 +48,9 @@ class Tail:
         if not self._runs:
             raise RuntimeError(f"layer {self.name!r} did not run in the forward pass; take a layer that the model calls")
         self.features = self._output[0] if isinstance(self._output, (tuple, list)) else self._output
+        if not isinstance(self.features, Tensor):
+            kind = type(self.features).__name__
+            raise TypeError(f"layer {self.name!r} returns {kind}; take a layer that returns a tensor")
         self.layout = Layout.infer(self.features.shape, tuple(self.inputs.shape[2:]))
         if not self._faithful():
             self._recorded = []
@@ -72,10 +76,12 @@ class Tail:
 
     def _end(self, module, inputs, output):
         self._open.pop()
+        kept = _mapped(output, torch.clone)  # clone: the model may go on in place
         if module is self.layer:
-            self._runs, self._output = self._runs + 1, _mapped(output, torch.clone)
-        elif self._open:
-            self._open[-1][1].append((module, _mapped(output, torch.clone)))  # clone: the model may go on in place
+            self._runs, self._output = self._runs + 1, kept
+            kept = None  # an earlier run of the layer is computed again
+        if self._open:
+            self._open[-1][1].append((module, kept))
 
     def __call__(self, features: Tensor, image: int = 0) -> Tensor:
         """The model's outputs for n versions of the layer's output for an image, (n, ...) -> (n, K). No graph is recorded."""
@@ -91,21 +97,23 @@ class Tail:
         def many(x: Tensor) -> Tensor:
             of_images = x.ndim and len(x) == len(self.inputs)
             x = x[image : image + 1].expand(len(features), *x.shape[1:]) if of_images else x
-            return x if self._share else x.clone()
+            return x if self._share and len(features) > 1 else x.clone()  # a single one could be written to
 
-        waiting: dict[nn.Module, deque] = {
-            self.layer: deque([None] * (self._runs - 1))
-        }  # earlier runs of the layer: as they come
+        waiting: dict[nn.Module, deque] = {}
         for module, output in self._recorded:
             waiting.setdefault(module, deque()).append(_mapped(output, many))
-        waiting[self.layer].append(_with_first(_mapped(self._output, many), features.clone()))
+        if not self._recorded:  # nothing is remembered: earlier runs of the layer come as they are
+            waiting[self.layer] = deque([None] * (self._runs - 1))
+        waiting.setdefault(self.layer, deque()).append(_with_first(_mapped(self._output, many), features.clone()))
         before = {module: vars(module).get("forward") for module in waiting}
+        hook = self.layer.register_forward_hook(lambda *_: None)  # torch's fused encoder layers would not ask for the forward
         try:
             for module, outputs in waiting.items():
                 module.forward = _Remembered(module.forward, outputs)
             with torch.no_grad(), evaluating(self.model):
                 return logits_of(self.model(many(self.inputs)))
         finally:
+            hook.remove()
             for module, own in before.items():
                 del module.forward
                 if own is not None:

@@ -16,7 +16,7 @@ import scanlib
 from scanlib import targets
 from scanlib.cams import FUSE, first_component
 from scanlib.fullgrad import implicit_bias
-from scanlib.hooks import FeatureTaps
+from scanlib.hooks import FeatureTaps, Layout
 from scanlib.maps import resized, stretched
 from tests.conftest import TinyNet
 
@@ -208,6 +208,12 @@ def test_cam_and_its_head():
         np.testing.assert_allclose(maps.numpy(), expected, rtol=1e-10, atol=1e-12)
     with pytest.raises(ValueError, match="one linear layer from 6 channels to 5 classes, found: none"):
         scanlib.CAM(model, "front")(x)
+    for fc_layer, message in (("hed", "fc_layer 'hed' not found"), ("back", "found: none"), (model.back[0], "found: none")):
+        with pytest.raises(ValueError, match=message):
+            scanlib.CAM(model, "back", fc_layer=fc_layer)(x)
+    for method in (scanlib.CAM, scanlib.FinerCAM):
+        with pytest.raises(TypeError, match="target must be a class, not a callable"):
+            method(model, "back")(x, lambda row: row[0])
     squeeze = torchvision.models.squeezenet1_1(weights=None).eval()  # its head is a convolution
     assert scanlib.CAM(squeeze, "features")(torch.rand(1, 3, 64, 64)).shape == (1, 64, 64)
 
@@ -262,7 +268,41 @@ def test_full_grad_counts_every_bias(build):
         handle.remove()
     torch.testing.assert_close((g * x).sum() + sum(signed) + model.fc.bias[1], y, rtol=1e-6, atol=1e-9)
     assert len(signed) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    assert scanlib.FullGrad(model)(x.detach(), target=1, normalize=False).amax() > 0
+    torch.testing.assert_close(scanlib.FullGrad(model)(x.detach(), target=1, normalize=False)[0], full_grad_by_hand(model, x, 1))
+    frozen = torchvision.ops.FrozenBatchNorm2d(8).double()
+    frozen.running_mean.uniform_(-1, 1), frozen.bias.uniform_(-1, 1)
+    torch.testing.assert_close(implicit_bias(frozen), frozen(torch.zeros(1, 8, 1, 1, dtype=torch.float64)).flatten())
+
+
+def full_grad_by_hand(model, x, target):
+    """|g x| + sum of |b g| of one image, each output kept with its graph and differentiated in one go."""
+    kept = []
+
+    def keep(module, _, output):
+        if implicit_bias(module) is not None and output.ndim == 4:
+            kept.append((implicit_bias(module), output))
+            return output.clone()  # the model goes on in place
+
+    handles = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    x = x.detach().requires_grad_()
+    y = model(x)[0, target]
+    for handle in handles:
+        handle.remove()
+    g_x, *gradients = torch.autograd.grad(y, [x, *(output for _, output in kept)])
+    terms = [(g * b[:, None, None]).abs().sum(1) for (b, _), g in zip(kept, gradients, strict=True)]
+    return sum((resized(term, x.shape[2:]) for term in terms), (g_x * x).abs().sum(1))[0].detach()
+
+
+def test_full_grad_on_transformers():
+    """Norms and linear layers of tokens and of channels-last maps; what can not be placed is refused."""
+    torch.manual_seed(0)
+    swin = torchvision.models.SwinTransformer([4, 4], 8, [1, 1], [2, 2], [2, 2], num_classes=4)
+    convnext = torchvision.models.convnext_tiny(weights=None, num_classes=4)
+    for model, size in ((tiny_vit(), 16), (swin, 32), (convnext, 32)):
+        maps = scanlib.FullGrad(model.eval())(torch.rand(2, 3, size, size), 1)
+        assert maps.shape == (2, size, size) and maps.amax() == 1
+    with pytest.raises(ValueError, match="does not know where the bias of 'blocks"):
+        scanlib.FullGrad(torchvision.models.maxvit_t(weights=None).eval())(torch.rand(1, 3, 224, 224), 1)
 
 
 def test_finer_cam_is_grad_cam_of_the_contrast():
@@ -436,6 +476,47 @@ def test_the_layer_is_found_and_told():
     assert explainer.layers[0].startswith("layer4") and explainer.layers[0] in repr(explainer)
 
 
+def test_fusing_takes_negative_values_as_nothing():
+    torch.manual_seed(0)
+    model, x = FlattenNet().eval(), torch.randn(2, 3, 16, 16)
+    twice = scanlib.EigenCAM(model, ["layer", "layer"])(x)
+    torch.testing.assert_close(twice, scanlib.EigenCAM(model, "layer")(x))
+
+
+def test_one_explainer_for_images_of_many_sizes():
+    model = torchvision.models.resnet18(weights=None)
+    explainer = scanlib.GradCAM(model)
+    for size in (32, 224, 32):
+        explainer(torch.rand(1, 3, size, size))
+        assert explainer.layers[0].startswith("layer3" if size == 32 else "layer4")
+
+
+def test_one_map_per_image_or_an_error():
+    """Tokens in front of the batch: four images would give fifty maps."""
+
+    class TokensFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.norm(self.conv(x).flatten(2).permute(2, 0, 1)).mean(0))
+
+    model, x = TokensFirst().eval(), torch.rand(4, 3, 20, 20)
+    with pytest.raises(ValueError, match="finds 25 maps for 4 images.*reshape"):
+        scanlib.GradCAM(model, "norm")(x, 1)
+    fold = lambda tokens: tokens.permute(1, 2, 0).unflatten(2, (5, 5))  # noqa: E731
+    assert scanlib.GradCAM(model, "norm", reshape=fold)(x, 1).shape == (4, 20, 20)
+    assert scanlib.GradCAM(model, "norm", reshape=fold)(x[:1], 1).shape == (1, 20, 20)  # whose shape alone says nothing
+
+
+def test_volumes_with_channels_last():
+    assert Layout.infer((1, 8, 7, 7, 768), (16, 224, 224)) == Layout("BHWC", 768, (8, 7, 7))
+    assert Layout.infer((1, 768, 8, 7, 7), (16, 224, 224)) == Layout("BCHW", 768, (8, 7, 7))
+    x = torch.randn(2, 3, 4, 5, 6)
+    torch.testing.assert_close(Layout("BHWC", 6, (3, 4, 5)).to_maps(x), x.permute(0, 4, 1, 2, 3))
+
+
 def test_eigen_smooth():
     torch.manual_seed(0)
     model, x = FlattenNet().double().eval(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
@@ -465,6 +546,7 @@ def test_aug_smooth():
 
 @pytest.mark.parametrize("name", ["GradCAM", "CAM", "SmoothGradCAMPlusPlus", "ShapleyCAM", "EigenCAM", "ScoreCAM", "AblationCAM"])
 def test_for_classes_is_one_call_each(name):
+    assert scanlib.GradCAM(TinyNet(), "back").for_classes(torch.rand(0, 3, 16, 16), [1, 2]).shape == (0, 2, 16, 16)
     torch.manual_seed(0)
     model, x = TinyNet().double().eval(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
     explainer = getattr(scanlib, name)(model, "back")
@@ -477,6 +559,8 @@ def test_for_classes_is_one_call_each(name):
 @pytest.mark.parametrize("build", [FlattenNet, tiny_vit])
 def test_differentiable_maps(name, build):
     torch.manual_seed(0)
+    with pytest.raises(ValueError, match="turn where eigenvalues meet"):
+        scanlib.EigenCAM(TinyNet(), "back", differentiable=True)
     if (name, build) == ("ShapleyCAM", tiny_vit):
         with pytest.raises(ValueError, match="third derivative"):
             scanlib.ShapleyCAM(tiny_vit(), differentiable=True)
@@ -518,6 +602,12 @@ def test_signals_and_volumes(dimensions, name):
     explainer = getattr(scanlib, name)(model.eval(), **options)
     maps = explainer(x, 1)
     assert maps.shape == (2, *x.shape[2:]) and maps.amax() == 1 and maps.amin() == 0
+    if name in ("GradCAM", "HiResCAM"):
+        with FeatureTaps(model, ["3"]) as taps:
+            taps(x)
+            A, g = taps.features[0], taps.gradients(1)[0]
+        g = g.mean(tuple(range(2, g.ndim)), keepdim=True) if name == "GradCAM" else g
+        torch.testing.assert_close(explainer(x, 1, normalize=False), (g * A).sum(1).relu())
 
 
 @pytest.mark.parametrize("name", ["GradCAM", "EigenCAM", "AblationCAM", "GradCAMPlusPlus"])
@@ -580,8 +670,12 @@ def test_segmentation_models():
     mask[10:30, 20:50] = True
     maps = scanlib.GradCAM(model, "backbone.16")(x, target=targets.segmentation(2, mask))
     assert maps.shape == (2, 64, 64) and torch.isfinite(maps).all()
-    with pytest.raises(ValueError, match=r"returns \(2, 4, 64, 64\), no logits"):
-        scanlib.GradCAM(model, "backbone.16")(x, target=2)
+    for name in ("GradCAM", "ScoreCAM", "AblationCAM", "SmoothGradCAMPlusPlus"):
+        for target in (2, None):
+            with pytest.raises(ValueError, match=r"returns \(2, 4, 64, 64\), no logits"):
+                getattr(scanlib, name)(model, "backbone.16")(x, target=target)
+    with pytest.raises(ValueError, match="aug_smooth mirrors the images"):
+        scanlib.GradCAM(model, "backbone.16", aug_smooth=True)(x, targets.segmentation(2, mask))
 
 
 def test_detection_models():
@@ -634,6 +728,7 @@ def test_bad_images_are_refused():
     for images, message in (
         (torch.rand(3, 16, 16), r"not \(3, 16, 16\)"),
         (torch.rand(2, 16, 16, 3), r"not \(2, 16, 16, 3\)"),
+        (torch.rand(2, 6, 16, 16), r"not \(2, 6, 16, 16\)"),
         (np.zeros((1, 3, 16, 16)), "not ndarray"),
         (torch.full((1, 3, 16, 16), math.nan), "NaN"),
     ):

@@ -62,6 +62,22 @@ def test_concepts_of_a_network():
     assert len(lines) == 2 and lines[0].startswith(f"class {int(found.scores[0].argmax())} ")
 
 
+def test_scores_do_not_hang_on_the_features_scale():
+    """The same function with features four times as large: concepts grow alike, and their scores stay."""
+    torch.manual_seed(0)
+    model, x = TinyNet().eval(), torch.rand(3, 3, 32, 32)
+    before = DeepFeatureFactorization(model, "back", concepts=2)(x)
+    with torch.no_grad():
+        model.back[0].weight *= 4
+        model.back[0].bias *= 4
+        model.head.weight /= 4
+    after = DeepFeatureFactorization(model, "back", concepts=2)(x)
+    torch.testing.assert_close(after.scores, before.scores, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(after.raw.amax((0, 2, 3)), torch.ones(2))
+    with pytest.raises(ValueError, match="images is empty"):
+        DeepFeatureFactorization(model, "back")(x[:0])
+
+
 def test_tokens_and_negative_features():
     torch.manual_seed(0)
     model, x = tiny_vit().eval(), torch.randn(2, 3, 16, 16)

@@ -148,6 +148,7 @@ def test_perturbation_arguments():
         ("ScoreCAM", {"batch_size": 0}, "batch_size 0"),
         ("ScoreCAM", {"softmax": "rows"}, "softmax 'rows'"),
         ("ScoreCAM", {"stretch": "never"}, "stretch 'never'"),
+        ("AblationCAM", {"batch_size": 0}, "batch_size 0"),
         ("SSCAM", {"samples": 0}, "samples 0"),
         ("ISCAM", {"samples": 0}, "samples 0"),
         ("ScoreCAM", {"differentiable": True}, "differentiable=True is not for ScoreCAM"),
@@ -287,3 +288,88 @@ def test_a_tail_notices_that_it_can_not_remember():
     with torch.no_grad():
         brighter = model.front(x[:2]) * torch.tensor([2.0, 1.0])[:, None, None, None]
         torch.testing.assert_close(replaced, model.head(model.back(brighter).mean((2, 3))))
+
+
+class Activated(nn.Module):
+    """One activation in two containers: the layer is its second run, inside the second of them."""
+
+    def __init__(self):
+        super().__init__()
+        act = nn.ReLU()
+        self.body = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), act), nn.Sequential(nn.Conv2d(4, 5, 3, 2, 1), act))
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+class Encoder(nn.Module):
+    """torch's own encoder layers take a fused path when nobody watches them."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.patches(x).flatten(2).mT).mean(1))
+
+
+def halved(model):
+    """With a user's hook that changes what the layer returns."""
+    model.back.register_forward_hook(lambda module, inputs, output: output * 0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    "build, layer",
+    [
+        (Activated, "body.1.1"),
+        (Encoder, "encoder.layers.1.norm1"),
+        (lambda: torchvision.models.resnet18(weights=None, num_classes=4), "layer4.0.downsample"),
+        (lambda: halved(TinyNet()), "back"),
+    ],
+)
+def test_ablation_where_a_tail_could_go_wrong(build, layer):
+    """Against a hook that replaces the layer's output in whole runs of the model, twice for each image."""
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.rand(2, 3, 64, 64)
+    with Tail(model, layer, x) as tail:
+        assert tail._recorded
+        for image in (1, 0, 1):
+            versions, runs = torch.rand(3, *tail.features.shape[1:]), []
+
+            def replace(module, inputs, output, versions=versions, runs=runs):
+                runs.append(module)
+                return versions.clone() if len(runs) == tail._runs else output
+
+            handle = model.get_submodule(layer).register_forward_hook(replace, prepend=True)
+            with torch.no_grad():
+                expected = model(x[image : image + 1].repeat(3, 1, 1, 1))
+            handle.remove()
+            for _ in range(2):
+                torch.testing.assert_close(tail(versions, image), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(tail(versions[:1], image), expected[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_softmax_over_classes_is_each_targets_own_business():
+    torch.manual_seed(0)
+    model, x = FlattenNet().eval(), torch.randn(1, 3, 16, 16)
+    explainer = scanlib.ScoreCAM(model, "layer", softmax="classes")
+    together = explainer.for_classes(x, [3, lambda row: row.double().softmax(0)[3]])
+    torch.testing.assert_close(together[:, :1], explainer.for_classes(x, [3]))
+    torch.testing.assert_close(together[:, 1], together[:, 0], rtol=1e-4, atol=1e-5)
+    single = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 36, 1))
+    with pytest.raises(ValueError, match="says nothing of a single output"):
+        scanlib.ScoreCAM(single, "1", softmax="classes")(torch.rand(1, 3, 8, 8))
+
+
+def test_dead_layers_have_empty_maps():
+    model = TinyNet().eval()
+    with torch.no_grad():
+        model.back[0].bias -= 1e6
+    for method in (scanlib.ScoreCAM, scanlib.AblationCAM, scanlib.GradCAM):
+        for target in (1, lambda row: row[1]):
+            assert not method(model, "back")(torch.rand(2, 3, 16, 16), target).any()

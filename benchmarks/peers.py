@@ -1,0 +1,296 @@
+"""The CAM family beside TorchCAM and pytorch-grad-cam: time, peak memory, and whether the maps agree.
+
+    make bench          # or: python benchmarks/peers.py; writes benchmarks/PEERS.md
+
+Each method is called on the same model and images by every package that has it, in turns, in one process; the best of each
+counts. Peak memory is measured in processes of their own. Only ratios of one run mean anything.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = "1"  # a peer draws a bar for each call
+warnings.filterwarnings("ignore")
+
+import pytorch_grad_cam  # noqa: E402
+import torch  # noqa: E402
+import torchcam.methods  # noqa: E402
+import torchvision  # noqa: E402
+from core import peak_memory  # noqa: E402
+from pytorch_grad_cam.ablation_layer import AblationLayerVit  # noqa: E402
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa: E402
+from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import scanlib  # noqa: E402
+from scanlib.maps import stretched  # noqa: E402
+
+WITH_GRADIENT = ("GradCAM", "GradCAMPlusPlus", "XGradCAM", "LayerCAM", "HiResCAM", "GradCAMElementWise")
+OTHERS = ("EigenCAM", "EigenGradCAM", "KPCACAM", "FEM", "ShapleyCAM", "SmoothGradCAMPlusPlus", "FullGrad")
+PERTURBATION = ("ScoreCAM", "ScoreCAM, amp=True", "SSCAM", "ISCAM", "AblationCAM")
+CLASSES = "GradCAM, 10 classes of an image"
+IN_TORCHCAM = {"GradCAMPlusPlus": "GradCAMpp", "SmoothGradCAMPlusPlus": "SmoothGradCAMpp"}
+IN_GRAD_CAM = {"KPCACAM": "KPCA_CAM"}
+WEIGHED = ("GradCAM", "LayerCAM", "EigenCAM", "FullGrad", CLASSES, "ScoreCAM", "AblationCAM")  # a process each takes its time
+NAMES = {"cnn64": "Signs CNN, 64 px", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "vit": "ViT-Tiny"}
+SAMPLES = 2  # of SS-CAM and IS-CAM, everywhere: their papers' 35 and 10 cost the same a sample
+KNOWN = {  # why maps differ; tests/test_cams_peers.py shows each
+    ("GradCAMPlusPlus", "torchcam"): "it never divides",
+    ("SmoothGradCAMPlusPlus", "torchcam"): "it keeps the last sample",
+    ("ISCAM", "torchcam"): "its strengths add up",
+    ("GradCAMPlusPlus", "grad-cam"): "its epsilon",
+    ("FullGrad", "grad-cam"): "it stretches each channel",
+    ("ScoreCAM", "grad-cam"): "it aligns corners",
+    ("AblationCAM", "grad-cam"): "it ablates to min - 1e7 where features are negative",
+    ("EigenCAM", "grad-cam"): "sign",
+    ("EigenGradCAM", "grad-cam"): "sign",
+    ("KPCACAM", "grad-cam"): "sign",
+}
+
+
+def scene(case: str):
+    """(model, layer, images as the model takes them): eight of them, seeded."""
+    torch.manual_seed(0)
+    if case == "cnn64":
+        target = scanlib.load_target("signs_cnn")
+        scenes = torch.stack([image for image, _ in scanlib.Signs(8)])
+        return target.model, "layer4", target.preprocess(scenes)
+    images = torch.randn(8, 3, 224, 224)
+    if case.startswith("resnet"):
+        return getattr(torchvision.models, case)(weights=None).eval(), "layer4", images
+    model = torchvision.models.VisionTransformer(224, 16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768).eval()
+    torch.nn.init.normal_(model.heads.head.weight, std=0.02)  # else zero, and so every gradient
+    return model, "encoder.layers.encoder_layer_11.ln_1", images
+
+
+def fold(tokens: Tensor) -> Tensor:
+    return tokens[:, 1:].transpose(1, 2).unflatten(2, (14, 14))
+
+
+def count_of(method: str) -> int:
+    """Images a call."""
+    return 1 if method in (*PERTURBATION, CLASSES) else 4
+
+
+def calls(case: str, method: str, model, layer: str, images: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Package -> a call that gives maps (N, H, W) in [0, 1], at the size of the images; those packages that have the method."""
+    x, found = images[: count_of(method)], {}
+    with torch.no_grad():
+        classes = model(x).argmax(1).tolist()
+    if method == CLASSES:
+        every = list(range(10))
+        found["scanlib"] = lambda: scanlib.GradCAM(model, layer).for_classes(x, every)[0]
+        one_by_one = {
+            name: [calls_of(name, case, "GradCAM", model, layer, x, [k]) for k in every] for name in ("torchcam", "grad-cam")
+        }
+        return found | {name: (lambda each=each: torch.cat([call() for call in each])) for name, each in one_by_one.items()}
+    arguments = () if method == "FullGrad" else (layer,)
+    options = {"samples": SAMPLES} if method in ("SSCAM", "ISCAM") else {}
+    options |= {"stretch": "before"} if method in PERTURBATION[:4] else {}
+    method, _, amp = method.partition(", ")
+    options |= {"amp": True} if amp else {}
+    explainer = getattr(scanlib, method)(model, *arguments, **options)
+    found["scanlib"] = lambda: explainer(x, classes)
+    for name in ("torchcam", "grad-cam"):
+        call = calls_of(name, case, method, model, layer, x, classes)
+        if call is not None:
+            found[name] = call
+    return found
+
+
+def calls_of(package: str, case: str, method: str, model, layer: str, x: Tensor, classes: list[int]):
+    if package == "torchcam":
+        kind = getattr(torchcam.methods, IN_TORCHCAM.get(method, method), None)
+        if kind is None or (case == "vit" and method in ("SSCAM", "ISCAM", "ScoreCAM")):
+            return None
+
+        def call():
+            options = {"num_samples": SAMPLES} if method in ("SSCAM", "ISCAM") else {}
+            options |= {"reshape_transform": fold} if case == "vit" else {}
+            torch.manual_seed(0)  # as ours, for those that draw noise
+            with kind(model, layer, **options) as extractor:
+                scores = model(x.clone().requires_grad_())
+                maps = extractor(classes, scores, normalized=True)[0]
+            return stretched(maps.detach(), x.shape[2:])
+
+        return call
+    kind = getattr(pytorch_grad_cam, IN_GRAD_CAM.get(method, method), None)
+    if kind is None or (case == "vit" and method in ("FullGrad", "ShapleyCAM")):  # the latter fails there
+        return None
+
+    def call():
+        options = {"reshape_transform": fold} if case == "vit" else {}
+        if case == "vit" and method == "AblationCAM":
+            options["ablation_layer"] = AblationLayerVit()
+        layers = [] if method == "FullGrad" else [model.get_submodule(layer)]
+        with kind(model=model, target_layers=layers, **options) as extractor:
+            maps = extractor(input_tensor=x.clone(), targets=[ClassifierOutputTarget(k) for k in classes])
+        return torch.from_numpy(maps)
+
+    return call
+
+
+def best_of(functions: dict[str, Callable], rounds: int = 4) -> tuple[dict[str, float], dict]:
+    """Seconds of each, in turns, the best of up to ``rounds`` (one where a round takes long), and what each returned last."""
+    seconds, results = {}, {}
+    for turn in range(rounds + 1):  # the first one warms up
+        start = time.perf_counter()
+        for name, function in functions.items():
+            began = time.perf_counter()
+            results[name] = function()
+            spent = time.perf_counter() - began
+            seconds[name] = spent if turn <= 1 else min(spent, seconds[name])
+        if turn and time.perf_counter() - start > 8:
+            break
+    return seconds, results
+
+
+def quietly(function: Callable):
+    """Peers print."""
+    with open(os.devnull, "w") as nowhere:
+        stdout, sys.stdout = sys.stdout, nowhere
+        try:
+            return function()
+        finally:
+            sys.stdout = stdout
+
+
+def memory(case: str, method: str, package: str) -> float:
+    """Growth of the peak of a process of its own, MiB."""
+    command = [sys.executable, __file__, "--work", case, method, package]
+    return float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
+
+
+def work(case: str, method: str, package: str) -> float:
+    model, layer, images = scene(case)
+    functions = calls(case, method, model, layer, images)
+    with torch.no_grad():  # the first run of a model allocates and plans
+        model(images[: count_of(method)])
+    before = peak_memory()
+    quietly(functions[package])
+    return peak_memory() - before
+
+
+def row(case: str, method: str) -> str | None:
+    model, layer, images = scene(case)
+    functions = calls(case, method, model, layer, images)
+    if len(functions) == 1:
+        return None
+    x = images[: count_of(method)]
+
+    def forward():
+        with torch.no_grad():
+            return model(x)
+
+    seconds, results = quietly(partial(best_of, functions | {"forward": forward}))
+    peers = [name for name in functions if name != "scanlib"]
+    agreement = []
+    for name in peers:
+        difference = float((results[name].reshape_as(results["scanlib"]) - results["scanlib"]).abs().max())
+        why = KNOWN.get((method.partition(", ")[0], name), f"{difference:.2f}")
+        agreement.append(f"{difference:.0e}" if difference < 1e-3 else f"no: {why}")
+    ours, fastest = seconds["scanlib"], min(seconds[name] for name in peers)
+    cells = [NAMES[case], method, f"{1000 * ours:.1f}"]
+    cells += [f"{1000 * seconds[name]:.0f}" if name in peers else "-" for name in ("torchcam", "grad-cam")]
+    cells += [f"**{fastest / ours:.2f}**", f"{ours / seconds['forward']:.1f}"]
+    cells.append(", ".join(f"{name}: {text}" for name, text in zip(peers, agreement, strict=True)))
+    return "| " + " | ".join(cells) + " |"
+
+
+def memory_row(method: str) -> str:
+    """Every package that has the method, on the ResNet-18."""
+    packages = calls("resnet18", method, *scene("resnet18"))
+    return (
+        f"| {method} | "
+        + " | ".join(
+            f"{memory('resnet18', method, name):.0f}" if name in packages else "-" for name in ("scanlib", "torchcam", "grad-cam")
+        )
+        + " |"
+    )
+
+
+def component_row(channels: int, side: int) -> str:
+    """First component alone, with nothing else around it."""
+    A = torch.rand(1, channels, side, side, generator=torch.Generator().manual_seed(0))
+    functions = {"scanlib": lambda: scanlib.cams.first_component(A), "grad-cam": lambda: get_2d_projection(A.numpy())}
+    seconds, results = best_of(functions)
+    ours, theirs = results["scanlib"][0], torch.from_numpy(results["grad-cam"][0])
+    difference = min(float((ours - sign * theirs).abs().max()) for sign in (1, -1)) / float(ours.abs().max())
+    times = f"{1000 * seconds['scanlib']:.2f} | {1000 * seconds['grad-cam']:.1f}"
+    ratio = seconds["grad-cam"] / seconds["scanlib"]
+    return f"| {channels} x {side} x {side} | {times} | **{ratio:.0f}** | {difference:.0e} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", nargs=3, metavar=("CASE", "METHOD", "PACKAGE"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="*", help="methods to run, and print only")
+    options = parser.parse_args()
+    if options.work:
+        print(json.dumps(work(*options.work)))
+        return
+    rows = []
+    for case in NAMES:
+        perturbation = {"resnet50": (), "resnet18": ("ScoreCAM", "ScoreCAM, amp=True", "AblationCAM")}.get(case, PERTURBATION)
+        methods = [*WITH_GRADIENT, *OTHERS, CLASSES, *perturbation]
+        for method in methods if options.only is None else [m for m in methods if m in options.only]:
+            line = row(case, method)
+            if line is not None:
+                rows.append(line)
+                print(line, flush=True)
+    if options.only is not None:
+        return
+    components = "\n".join(component_row(*shape) for shape in ((2048, 7), (512, 7), (256, 28), (192, 14)))
+    weighed = "\n".join(map(memory_row, WEIGHED))
+    table, machine = "\n".join(rows), f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchcam", "grad-cam"))
+    text = f"""# Beside the peers
+
+`make bench`, {time.strftime("%Y-%m-%d")}, {machine}, {versions}, seed 0. Only the ratios mean anything: timings of a shared
+machine wander by two.
+
+Four images a call (one for Score-CAM's family, Ablation-CAM and the ten classes), 224 px but for the Signs CNN, random weights
+but for that. SS-CAM and IS-CAM with {SAMPLES} samples in all packages. `faster` is the quicker peer's time over ours, `forwards`
+ours over a bare forward pass of the same images.
+Agreement is the largest difference of the normalised maps; where they differ, `tests/test_cams_peers.py` shows why.
+
+| model | method | scanlib, ms | torchcam, ms | grad-cam, ms | faster | forwards | agreement |
+|---|---|---|---|---|---|---|---|
+{table}
+
+## The first principal component alone
+Without the model: features of one image, `first_component` beside `get_2d_projection`; agreement up to sign, relative.
+
+| features | scanlib, ms | grad-cam, ms | faster | agreement |
+|---|---|---|---|---|
+{components}
+
+## Peak memory
+MiB that the call adds to the peak of a process of its own, in which the bare model ran on the same images before; ResNet-18, four
+images or one as above.
+
+| method | scanlib | torchcam | grad-cam |
+|---|---|---|---|
+{weighed}
+"""
+    (Path(__file__).parent / "PEERS.md").write_text(text, "utf-8", newline="\n")
+    print(text)
+
+
+def version(name: str) -> str:
+    from importlib.metadata import version as installed
+
+    return installed(name)
+
+
+if __name__ == "__main__":
+    main()
