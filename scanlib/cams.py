@@ -181,9 +181,8 @@ def product_of_maps(maps: Sequence[Tensor]) -> Tensor:
 
 def max_of_tanh(maps: Sequence[Tensor]) -> Tensor:
     """Layer-CAM's fusion (Jiang et al. 2021, Eqs. 7-8): tanh(2 M / max M), then the maximum."""
-    return torch.stack([(2 * M / M.flatten(1).amax(1).clamp_min(1e-12).view(-1, *[1] * (M.ndim - 1))).tanh() for M in maps]).amax(
-        0
-    )
+    peaks = [M.amax(tuple(range(1, M.ndim)), keepdim=True).clamp_min(1e-12) for M in maps]
+    return torch.stack([(2 * M / peak).tanh() for M, peak in zip(maps, peaks, strict=True)]).amax(0)
 
 
 FUSE = {"mean": mean_of_maps, "max": max_of_maps, "product": product_of_maps, "tanh": max_of_tanh}
