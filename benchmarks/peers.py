@@ -221,7 +221,7 @@ def memory_row(method: str) -> str:
 def component_row(channels: int, side: int) -> str:
     """First component alone, with nothing else around it."""
     A = torch.rand(1, channels, side, side, generator=torch.Generator().manual_seed(0))
-    functions = {"scanlib": lambda: scanlib.cams.first_component(A), "grad-cam": lambda: get_2d_projection(A.numpy())}
+    functions = {"scanlib": lambda: scanlib.formulas.first_component(A), "grad-cam": lambda: get_2d_projection(A.numpy())}
     seconds, results = best_of(functions)
     ours, theirs = results["scanlib"][0], torch.from_numpy(results["grad-cam"][0])
     difference = min(float((ours - sign * theirs).abs().max()) for sign in (1, -1)) / float(ours.abs().max())

@@ -21,12 +21,11 @@ from scanlib.cams import (
     ShapleyCAM,
     SmoothGradCAMPlusPlus,
     XGradCAM,
-    grad_cam,
-    layer_cam,
 )
 from scanlib.data import PhotoFolder, Signs, read_image
 from scanlib.decoders import ConvolutionalDecoder, ResidualModule, TransformerBlock, TransformerDecoder
 from scanlib.factorization import DeepFeatureFactorization
+from scanlib.formulas import grad_cam, layer_cam
 from scanlib.fullgrad import FullGrad
 from scanlib.hooks import FeatureTap, FeatureTaps, Layout, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, self_confidence

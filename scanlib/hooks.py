@@ -127,6 +127,11 @@ class Layout:
 Target = int | Sequence[int] | Tensor | Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]] | None
 
 
+def is_callables(target: Target) -> bool:
+    """Is the target a callable, or a sequence of them?"""
+    return callable(target) or (isinstance(target, Sequence) and len(target) > 0 and all(map(callable, target)))
+
+
 def class_indices(logits: Tensor, target, unknown: bool = False) -> Tensor:
     """One class index per image, (B,) int64, from None (predicted class), an int, or one class per image.
 
@@ -162,9 +167,8 @@ def target_scores(outputs, target: Target = None) -> Tensor:
 
     outputs: (B, K) logits; for callables anything with an entry for each image, as maps (B, K, H, W) or a list of detections.
     """
-    many = not callable(target) and isinstance(target, Sequence) and len(target) > 0 and all(map(callable, target))
-    if callable(target) or many:
-        functions = list(target) if many else [target] * len(outputs)
+    if is_callables(target):
+        functions = [target] * len(outputs) if callable(target) else list(target)
         if len(functions) != len(outputs):
             raise ValueError(f"target has {len(functions)} callables for {len(outputs)} images; give one, or one per image")
         scores = [function(row) for function, row in zip(functions, outputs, strict=True)]

@@ -14,9 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from scanlib.cams import _CAM, weighted_sum
+from scanlib.cams import _CAM
 from scanlib.explainer import exact, quick
-from scanlib.hooks import FeatureTaps, Target, class_indices, logits_of, target_scores
+from scanlib.formulas import weighted_sum
+from scanlib.hooks import FeatureTaps, Target, class_indices, is_callables, logits_of, target_scores
 from scanlib.maps import resized, unit_range
 from scanlib.tail import Tail
 
@@ -39,11 +40,7 @@ class _Perturbation(_CAM):
 
 def _resolved(targets: list[Target], outputs) -> list[Target]:
     """Classes as a tensor with one per image; callables as they are."""
-    return [target if _callable(target) else class_indices(outputs, target) for target in targets]
-
-
-def _callable(target: Target) -> bool:
-    return callable(target) or (isinstance(target, (list, tuple)) and len(target) > 0 and all(map(callable, target)))
+    return [target if is_callables(target) else class_indices(outputs, target) for target in targets]
 
 
 def _chosen(target: Target, images: Tensor) -> Target:
@@ -110,7 +107,7 @@ class ScoreCAM(_Perturbation):
 
     def _score(self, outputs, targets: list[Target], images: Tensor) -> Tensor:
         outputs = logits_of(outputs)
-        rows = [outputs.softmax(1) if self.softmax == "classes" and not _callable(target) else outputs for target in targets]
+        rows = [outputs.softmax(1) if self.softmax == "classes" and not is_callables(target) else outputs for target in targets]
         return torch.stack([target_scores(row, _chosen(t, images)) for row, t in zip(rows, targets, strict=True)])
 
 

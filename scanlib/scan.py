@@ -26,7 +26,7 @@ from scanlib import decoders
 from scanlib.checkpoint import load_checkpoint, save_checkpoint
 from scanlib.explainer import quick
 from scanlib.feature_cache import Encoded, FeatureCache, pictures, repeats
-from scanlib.hooks import FeatureTap, Layout, class_indices, resolve_layer
+from scanlib.hooks import FeatureTap, Layout, class_indices, is_callables, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, split_outputs
 from scanlib.maps import stretched
 from scanlib.masking import MASKS, blur_to_grid, mask_scores, percentile_of_positives
@@ -359,7 +359,7 @@ class SCAN:
         layout = self.layout  # before the layer's name is read: it may move
         with FeatureTap(self.model, self.layer_name) as tap:
             logits = tap(quick(self.preprocess(images)))
-            if not (callable(target) or _callables(target)):
+            if not is_callables(target):
                 target = class_indices(logits, target, unknown)
             features = self._arranged(tap.features).float()
             if not self.use_gradient_mask:
@@ -527,10 +527,6 @@ class SCAN:
         if topic not in self._warned:  # once a scanner, not once a batch
             self._warned.add(topic)
             warnings.warn(message, stacklevel=3)
-
-
-def _callables(target) -> bool:
-    return isinstance(target, Sequence) and len(target) > 0 and all(map(callable, target))
 
 
 def _checked_percentile(percentile: float) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 
 import scanlib
 from scanlib import targets
-from scanlib.cams import FUSE, first_component
+from scanlib.formulas import FUSE, first_component
 from scanlib.fullgrad import implicit_bias
 from scanlib.hooks import FeatureTaps, Layout
 from scanlib.maps import resized, stretched

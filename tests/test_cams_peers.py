@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import scanlib
-from scanlib.cams import first_component
+from scanlib.formulas import first_component
 from scanlib.hooks import FeatureTap
 from scanlib.maps import stretched
 from tests.conftest import TinyNet
@@ -219,7 +219,7 @@ def test_grad_cams_epsilon_shrinks_grad_cam_plus_plus(grad_cam):
     shrunk = (weights(1e-6) / weights(0.0))[weights(0.0) > 0]
     assert float(shrunk.median()) < 0.5
     exact = (weights(0.0)[..., None, None] * A).sum(1).relu()
-    close(scanlib.cams.grad_cam_plus_plus(A, g), exact)
+    close(scanlib.formulas.grad_cam_plus_plus(A, g), exact)
 
 
 def test_torchcam_sums_jointly_and_keeps_the_last_sample_in_smooth_grad_cam_plus_plus(torchcam, net):

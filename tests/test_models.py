@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from scanlib import Signs, SmallResNet, load_target, small_vit
-from scanlib.cams import grad_cam
+from scanlib.formulas import grad_cam
 from scanlib.hooks import FeatureTap
 from scanlib.maps import stretched
 from scanlib.models import Normalize, default_layer

@@ -46,7 +46,7 @@ def test_version_and_citation():
 def test_a_file_imports_only_from_the_floors_below():
     floors = [
         {"checkpoint", "hooks", "loss", "decoders", "maps", "masking", "randomness", "signs", "photos", "plots", "targets"},
-        {"data", "explainer", "tail"},
+        {"data", "explainer", "formulas", "tail"},
         {"attention", "models", "metrics", "feature_cache", "trainer"},
         {"cams", "factorization", "fullgrad"},
         {"perturbation", "scan"},

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from scanlib import SCAN, load_target, small_vit
-from scanlib.cams import grad_cam, layer_cam
 from scanlib.data import Signs
+from scanlib.formulas import grad_cam, layer_cam
 from scanlib.hooks import FeatureTap
 from scanlib.maps import stretched
 from scanlib.masking import blur_to_grid, mask_scores, percentile_of_positives
