@@ -22,6 +22,7 @@ from scanlib.cams import (
     SmoothGradCAMPlusPlus,
     XGradCAM,
 )
+from scanlib.comparison import Comparison, compare
 from scanlib.data import PhotoFolder, Signs, read_image
 from scanlib.decoders import ConvolutionalDecoder, ResidualModule, TransformerBlock, TransformerDecoder
 from scanlib.factorization import DeepFeatureFactorization
@@ -46,6 +47,7 @@ __all__ = [
     "AblationCAM",
     "AttentionRelevance",
     "AttentionRollout",
+    "Comparison",
     "ConfidentMAE",
     "ConvolutionalDecoder",
     "DeepFeatureFactorization",
@@ -77,6 +79,7 @@ __all__ = [
     "TransformerBlock",
     "TransformerDecoder",
     "XGradCAM",
+    "compare",
     "grad_cam",
     "layer_cam",
     "load_target",

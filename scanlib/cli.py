@@ -1,21 +1,35 @@
-"""The command line: train a decoder, explain pictures.
+"""The command line: train a decoder, explain pictures, compare explainers.
 
 python -m scanlib train --model squeezenet1_1 --layer features.12 --data photos --out decoder.pt
 python -m scanlib explain cat.jpg dog.jpg --decoder decoder.pt --percentile 95 --out map.png
+python -m scanlib compare photos --decoder decoder.pt --methods GradCAM LayerCAM ScoreCAM --out table.md
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset, random_split
 
+from scanlib import attention, cams, fullgrad, perturbation
 from scanlib.checkpoint import load_checkpoint
+from scanlib.comparison import METRICS, compare
 from scanlib.data import PhotoFolder, Signs, read_image
+from scanlib.explainer import Explainer
 from scanlib.masking import MASKS
+from scanlib.metrics import black, blurred, imputed, mean_colour
 from scanlib.models import Target, load_target
 from scanlib.scan import SCAN
+
+FILLS = {"mean": mean_colour, "blur": blurred, "black": black, "road": imputed}
+METHODS = {  # every explainer that is called alike
+    name: kind
+    for module in (cams, perturbation, fullgrad, attention)
+    for name, kind in vars(module).items()
+    if isinstance(kind, type) and issubclass(kind, Explainer) and kind.__module__ == module.__name__ and name[0] != "_"
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -73,11 +87,36 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--percentile", type=float, default=95.0)
     explain.add_argument("--out", type=Path, default=Path("map.png"))
     explain.add_argument("--device", help="cpu, cuda, mps; left out, cuda if there is one")
+
+    table = commands.add_parser(
+        "compare", help="measure explainers and both baselines", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    table.set_defaults(command=compare_command)
+    table.add_argument("data", help="a folder of pictures that no decoder was trained on, or signs")
+    table.add_argument("--decoder", type=Path, help="what train wrote; its SCAN joins in, and its classifier is taken")
+    table.add_argument("--model", help="without --decoder: signs_cnn, signs_vit, vit_tiny, or any torchvision classifier")
+    table.add_argument("--weights", help="a state dict's path, or DEFAULT; left out, those of the decoder's classifier")
+    table.add_argument("--methods", nargs="+", default=["GradCAM", "LayerCAM"], help=f"out of {', '.join(METHODS)}")
+    table.add_argument("--metrics", nargs="+", help=f"out of {', '.join(METRICS)}")
+    table.add_argument("--percentiles", type=float, nargs="+", default=[95.0], help="SCAN's")
+    table.add_argument("--patch", type=int, default=16, help="side in pixels of what is removed at once")
+    table.add_argument("--fill", choices=FILLS, default="mean", help="what takes its place")
+    table.add_argument("--steps", type=int, default=10, help="of deletion and insertion")
+    table.add_argument("--limit", type=int, default=500, help="at most so many pictures")
+    table.add_argument("--batch-size", type=int, default=32)
+    table.add_argument("--seed", type=int, default=0)
+    table.add_argument("--out", type=Path, help="a .md or .csv to write as well")
+    table.add_argument("--device", help="cpu, cuda, mps; left out, cuda if there is one")
     return parser
 
 
 def _scanner(target: Target, layer: str, image_size, mask_by: str, device) -> SCAN:
     return SCAN(target.model, layer, image_size, device=device, mask_by=mask_by).set_preprocess(target.preprocess)
+
+
+def _weights(given: str) -> str | None:
+    """A path, DEFAULT, or None for none, however they are written."""
+    return {"none": None, "default": "DEFAULT"}.get(given.lower(), given)
 
 
 class _Unlabelled(Dataset):
@@ -101,7 +140,7 @@ def train_command(options) -> None:
         raise ValueError(f"--epochs {options.epochs}, --learning-rate {options.learning_rate}: both must be positive")
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder; give the file to write, as {options.out / 'decoder.pt'}")
-    weights = {"none": None, "default": "DEFAULT"}.get(options.weights.lower(), options.weights)
+    weights = _weights(options.weights)
     target = load_target(options.model, weights)
     size = (options.image_size, options.image_size) if options.image_size else target.image_size
     if options.data == "signs":
@@ -139,17 +178,7 @@ def explain_command(options) -> None:
     """One row a picture: the picture, map, overlay, reconstruction."""
     from scanlib.plots import overlay, panels
 
-    saved = load_checkpoint(options.decoder, ("identity", "notes"))
-    notes, identity = saved["notes"], saved["identity"]
-    if not (isinstance(identity, dict) and {"layer", "image_size", "mask_by"} <= set(identity)):
-        raise ValueError(f"{options.decoder} does not say which layer it belongs to; train a new decoder")
-    if not isinstance(notes, dict) or not isinstance(notes.get("model"), str):
-        raise ValueError(
-            f"{options.decoder} does not say which classifier it belongs to; explain in Python, with SCAN(...).load_decoder(path)"
-        )
-    target = load_target(notes["model"], options.weights or notes.get("weights", "DEFAULT"))
-    scanner = _scanner(target, identity["layer"], tuple(identity["image_size"]), identity["mask_by"], options.device)
-    scanner.load_decoder(options.decoder)
+    target, scanner = _trained(options)
 
     images = torch.stack([read_image(path, scanner.image_size[0]) for path in options.images])
     target_class = _class_number(options.target, target.classes)
@@ -168,6 +197,68 @@ def explain_command(options) -> None:
     for path, name in zip(options.images, names, strict=True):
         print(f"{path}: {name}")
     print(f"{options.out}: {len(rows)} explained")
+
+
+def _trained(options) -> tuple[Target, SCAN]:
+    """The classifier and the SCAN that ``--decoder`` belongs to."""
+    saved = load_checkpoint(options.decoder, ("identity", "notes"))
+    notes, identity = saved["notes"], saved["identity"]
+    if not (isinstance(identity, dict) and {"layer", "image_size", "mask_by"} <= set(identity)):
+        raise ValueError(f"{options.decoder} does not say which layer it belongs to; train a new decoder")
+    if not isinstance(notes, dict) or not isinstance(notes.get("model"), str):
+        raise ValueError(
+            f"{options.decoder} does not say which classifier it belongs to; explain in Python, with SCAN(...).load_decoder(path)"
+        )
+    target = load_target(notes["model"], options.weights or notes.get("weights", "DEFAULT"))
+    scanner = _scanner(target, identity["layer"], tuple(identity["image_size"]), identity["mask_by"], options.device)
+    return target, scanner.load_decoder(options.decoder)
+
+
+def compare_command(options) -> None:
+    """One row an explainer, both baselines with them; the explained class is the predicted one."""
+    unknown = [name for name in options.methods if name not in METHODS]
+    if unknown:
+        raise ValueError(f"--methods {' '.join(unknown)}: not known; there are {', '.join(METHODS)}")
+    if options.out and options.out.suffix not in (".md", ".csv"):
+        raise ValueError(f"--out {options.out}: give a .md or a .csv")
+    if bool(options.decoder) == bool(options.model):
+        raise ValueError("--decoder or --model: one of them, and not both, says which classifier to explain")
+    if options.limit < 1:
+        raise ValueError(f"--limit {options.limit}: give 1 or more")
+    explainers, masks = {}, None
+    if options.decoder:
+        target, scanner = _trained(options)
+        size = scanner.image_size
+        explainers |= {f"SCAN, P = {p:g}": partial(scanner.explain, percentile=p) for p in options.percentiles}
+    else:
+        target = load_target(options.model, _weights(options.weights or "DEFAULT"))
+        size = target.image_size
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target.model.to(device)
+    explainers |= {name: METHODS[name](target.model, preprocess=target.preprocess) for name in options.methods}
+    if options.data == "signs":
+        scenes = Signs(options.limit, size[0], seed=1, masks=True)
+        images, masks = (torch.stack(column) for column in list(zip(*scenes, strict=True))[::2])
+    else:
+        photographs = PhotoFolder(options.data, size[0])
+        images = torch.stack([photographs[i][0] for i in range(min(options.limit, len(photographs)))])
+    found = compare(
+        target.model,
+        images.to(device),
+        explainers,
+        options.metrics,
+        masks=masks,
+        preprocess=target.preprocess,
+        patch=options.patch,
+        fill=FILLS[options.fill],
+        steps=options.steps,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        (found.to_csv if options.out.suffix == ".csv" else found.to_markdown)(options.out)
+    print(found)
 
 
 def _class_number(given: str | None, classes: list[str]) -> int | None:

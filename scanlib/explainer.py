@@ -70,14 +70,19 @@ class Explainer:
             raise ValueError(f"images must be a tensor (N, 3, H, W), not {seen}; put [None] behind a single one")
         if not torch.isfinite(images).all():
             raise ValueError("images hold NaN or infinite values; expected finite pixels in [0, 255]")
-        weight = next((p for p in self.model.parameters() if p.is_floating_point()), images)
-        inputs = self.preprocess(images.to(weight.device))
-        inputs = inputs.to(weight.dtype) if weight.is_floating_point() else inputs
-        return quick(inputs.clone() if inputs.is_inference() else inputs)  # an inference tensor can not take part in a graph
+        inputs = prepared(self.model, self.preprocess, images)
+        return inputs.clone() if inputs.is_inference() else inputs  # an inference tensor can not take part in a graph
 
     def _maps(self, inputs: Tensor, target: Target) -> Tensor:
         """Inputs (N, ...) -> raw maps (N, h, w)."""
         raise NotImplementedError
+
+
+def prepared(model: nn.Module, preprocess: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Images in [0, 255] -> what the model takes, on its device and in its precision."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), images)
+    inputs = preprocess(images.to(weight.device))
+    return quick(inputs.to(weight.dtype) if weight.is_floating_point() else inputs)
 
 
 def quick(inputs: Tensor) -> Tensor:

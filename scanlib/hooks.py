@@ -132,6 +132,13 @@ def is_callables(target: Target) -> bool:
     return callable(target) or (isinstance(target, Sequence) and len(target) > 0 and all(map(callable, target)))
 
 
+def of_images(target: Target, which: Tensor) -> Target:
+    """The part of a target that belongs to these images, given by their indices: of one per image those, else all of it."""
+    if isinstance(target, Tensor) and target.ndim:
+        return target[which.to(target.device)]
+    return [target[i] for i in which.tolist()] if isinstance(target, (list, tuple)) else target
+
+
 def class_indices(logits: Tensor, target, unknown: bool = False) -> Tensor:
     """One class index per image, (B,) int64, from None (predicted class), an int, or one class per image.
 

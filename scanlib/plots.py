@@ -147,3 +147,24 @@ def curves(
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axis.legend(fontsize=8)
     return figure
+
+
+def standings(found, metrics: Sequence[str] = (), width: float = 1.7):
+    """A ``Comparison`` at a glance: means and 95 % intervals, one panel a metric; baselines grey. Returns the figure."""
+    import matplotlib.pyplot as plt
+
+    metrics, names = list(metrics or found.better), list(found.values)
+    size = (width * len(metrics) + 1.2, 0.19 * len(names) + 0.7)
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, metric in zip(axes[0], metrics, strict=True):
+        for place, name in enumerate(names):
+            colour = "0.6" if name in ("random", "centre prior") else plt.colormaps["cividis"](0.15)
+            low, high = found.interval(name, metric)
+            axis.plot([low, high], [place, place], color=colour, lw=2)
+            axis.plot(found.mean(name, metric), place, "o", color=colour, ms=4)
+        axis.set_title(f"{metric} ({'high' if found.better[metric] > 0 else 'low'})", fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(axis="x", lw=0.3)
+    axes[0, 0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0, 0].invert_yaxis()
+    return figure

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -153,3 +154,42 @@ def test_module_runs_and_imports_are_light():
         "print([m for m in ('matplotlib', 'tqdm', 'PIL', 'ipywidgets', 'IPython', 'scipy') if m in new])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_compare_on_signs_and_on_a_folder(folder, tmp_path, capsys):
+    table = tmp_path / "made" / "table.md"
+    decoder = "--decoder data/checkpoints/signs_cnn_decoder.pt"
+    main(f"compare signs {decoder} --limit 6 --patch 8 --methods GradCAM FullGrad --percentiles 90 95 --out {table}".split())
+    lines = table.read_text("utf-8").splitlines()
+    names = [line.split(" | ")[0].strip("| ") for line in lines[2:8]]
+    assert names == ["SCAN, P = 90", "SCAN, P = 95", "GradCAM", "FullGrad", "random", "centre prior"]
+    assert (
+        "energy (high)" in lines[0]
+        and "6 pictures, predicted class; removed: patches of 8 px" in lines[9]
+        and lines[2] in capsys.readouterr().out
+    )
+    out = tmp_path / "table.csv"
+    with pytest.warns(UserWarning, match="1 of 9 pictures"):
+        main(
+            f"compare {folder} --model signs_vit --metrics deletion --methods AttentionRelevance --fill blur --out {out}".split()
+        )
+    assert out.read_text("utf-8").splitlines()[0] == "explainer,deletion,deletion low,deletion high,ms an image"
+
+
+def test_compare_refuses_in_one_line(folder):
+    for arguments, words in (
+        ("--model signs_cnn --methods Gradcam", "--methods Gradcam: not known; there are CAM"),
+        ("--model signs_cnn --out table.txt", "table.txt: give a .md or a .csv"),
+        ("", "--decoder or --model"),
+        ("--model signs_cnn --metrics speed", r"metrics \['speed'\] are not known"),
+    ):
+        with pytest.raises(SystemExit, match=f"scanlib compare: .*{words}"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one of the files is no picture
+            main(f"compare {folder} {arguments}".split())
+
+
+def test_every_explainer_can_be_compared():
+    from scanlib.cli import METHODS
+
+    assert {"CAM", "GradCAM", "ScoreCAM", "AblationCAM", "FullGrad", "AttentionRollout", "LeGrad"} <= set(METHODS)
+    assert not {"SCAN", "Explainer", "_CAM"} & set(METHODS)

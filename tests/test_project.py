@@ -46,10 +46,11 @@ def test_version_and_citation():
 def test_a_file_imports_only_from_the_floors_below():
     floors = [
         {"checkpoint", "hooks", "loss", "decoders", "maps", "masking", "randomness", "signs", "photos", "plots", "targets"},
-        {"data", "explainer", "formulas", "tail"},
-        {"attention", "models", "metrics", "feature_cache", "trainer"},
-        {"cams", "factorization", "fullgrad"},
-        {"perturbation", "scan"},
+        {"data", "explainer", "formulas", "tail", "localisation", "quality"},
+        {"attention", "models", "removal", "sanity", "feature_cache", "trainer"},
+        {"cams", "factorization", "fullgrad", "confidence", "road", "stability"},
+        {"perturbation", "scan", "metrics"},
+        {"comparison"},
         {"cli"},
         {"__main__", "__init__"},
     ]
