@@ -7,6 +7,7 @@ counts. Peak memory is measured in processes of their own. Only ratios of one ru
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -24,15 +25,19 @@ warnings.filterwarnings("ignore")
 import pytorch_grad_cam  # noqa: E402
 import torch  # noqa: E402
 import torchcam.methods  # noqa: E402
+import torchcam.metrics  # noqa: E402
 import torchvision  # noqa: E402
 from core import peak_memory  # noqa: E402
 from pytorch_grad_cam.ablation_layer import AblationLayerVit  # noqa: E402
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa: E402
+from pytorch_grad_cam.metrics import road as road_module  # noqa: E402
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget, ClassifierOutputTarget  # noqa: E402
 from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import scanlib  # noqa: E402
+import scanlib.metrics  # noqa: E402
 from scanlib.maps import stretched  # noqa: E402
+from scanlib.metrics import class_score  # noqa: E402
 
 WITH_GRADIENT = ("GradCAM", "GradCAMPlusPlus", "XGradCAM", "LayerCAM", "HiResCAM", "GradCAMElementWise")
 OTHERS = ("EigenCAM", "EigenGradCAM", "KPCACAM", "FEM", "ShapleyCAM", "SmoothGradCAMPlusPlus", "FullGrad")
@@ -230,13 +235,95 @@ def component_row(channels: int, side: int) -> str:
     return f"| {channels} x {side} x {side} | {times} | **{ratio:.0f}** | {difference:.0e} |"
 
 
+class Given:
+    """As much of a torchcam extractor as its metrics use; the maps are given."""
+
+    def __init__(self, model, maps: Tensor):
+        self.model, self.maps = model, maps
+
+    def __call__(self, *arguments, **options):
+        return [self.maps]
+
+    def fuse_cams(self, maps):
+        return maps[0]
+
+    def _hooks_off(self):
+        return contextlib.nullcontext()
+
+
+def metric_row(name: str, peer: str, case: str, images: Tensor, ours: Callable, theirs: Callable, model) -> str:
+    """One call of each, once the model has run."""
+    with torch.no_grad():
+        model(images[:2])
+    began = time.perf_counter()
+    figures = ours()
+    mine = time.perf_counter() - began
+    expected = quietly(theirs)
+    taken = time.perf_counter() - began - mine
+    difference = float((figures - expected).abs().max())
+    cells = [
+        case,
+        name,
+        f"{mine:.2f}",
+        peer,
+        f"{taken:.2f}",
+        f"**{taken / mine:.1f}**",
+        f"{difference:.0e}",
+    ]
+    print("| " + " | ".join(cells) + " |", flush=True)
+    return "| " + " | ".join(cells) + " |"
+
+
+def metric_rows() -> list[str]:
+    """ROAD beside pytorch-grad-cam's, deletion and insertion beside torchcam's: given maps, noise off, so that figures agree."""
+    road_module.NoisyLinearImputer.__init__.__defaults__ = (0.0, road_module.neighbors_weights)
+    generator, rows = torch.Generator().manual_seed(0), []
+    coarse = torch.rand(16, 4, 14, 14, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(224, 224), mode="bicubic")
+    images, maps = (
+        4 * smooth[:, :3] - 2 + 0.3 * torch.randn(16, 3, 224, 224, generator=generator),
+        smooth[:, 3],
+    )  # maps without ties
+    torch.manual_seed(0)
+    models = {"SmallResNet, 16 x 224 px": scanlib.SmallResNet().eval(), "ResNet-18, 16 x 224 px": scene("resnet18")[0]}
+    for case, model in models.items():
+        with torch.no_grad():
+            classes = model(images).argmax(1)
+        score = class_score(model, lambda x: x, classes)
+        targets = [ClassifierOutputSoftmaxTarget(int(k)) for k in classes]
+
+        def ours(score=score):
+            morf, lerf = scanlib.metrics.road(score, images, maps, noise=0)
+            return (lerf - morf).mean(1) / 2
+
+        def theirs(model=model, targets=targets):
+            return torch.from_numpy(road_module.ROADCombined()(images, maps.numpy(), targets, model))
+
+        def curves(score=score):
+            found = scanlib.metrics.removal_curves(score, images, maps, steps=16, fill=scanlib.metrics.black)
+            return torch.stack([scanlib.metrics.auc(each).mean() for each in found])
+
+        def curves_theirs(model=model):
+            metric = torchcam.metrics.DeletionInsertionMetric(Given(model, maps), lambda logits: logits.softmax(-1), steps=16)
+            metric.update(images)
+            return torch.tensor(list(metric.summary().values()))
+
+        rows.append(metric_row("deletion and insertion, 16 steps", "torchcam", case, images, curves, curves_theirs, model))
+        if case.startswith("Small"):
+            rows.append(metric_row("ROAD combined, 9 percentiles", "grad-cam", case, images, ours, theirs, model))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs=3, metavar=("CASE", "METHOD", "PACKAGE"), help=argparse.SUPPRESS)
-    parser.add_argument("--only", nargs="*", help="methods to run, and print only")
+    parser.add_argument("--only", nargs="*", help="methods to run, and print only; metrics for the metrics")
     options = parser.parse_args()
     if options.work:
         print(json.dumps(work(*options.work)))
+        return
+    if options.only == ["metrics"]:
+        metric_rows()
         return
     rows = []
     for case in NAMES:
@@ -250,6 +337,7 @@ def main() -> None:
     if options.only is not None:
         return
     components = "\n".join(component_row(*shape) for shape in ((2048, 7), (512, 7), (256, 28), (192, 14)))
+    metrics = "\n".join(metric_rows())
     weighed = "\n".join(map(memory_row, WEIGHED))
     table, machine = "\n".join(rows), f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchcam", "grad-cam"))
@@ -273,6 +361,13 @@ Without the model: features of one image, `first_component` beside `get_2d_proje
 | features | scanlib, ms | grad-cam, ms | faster | agreement |
 |---|---|---|---|---|
 {components}
+
+## Metrics
+Of given maps without ties, noise off; the difference is the largest of an image's figure (of the means, for torchcam).
+
+| model | metric | scanlib, s | peer | its s | faster | difference |
+|---|---|---|---|---|---|---|
+{metrics}
 
 ## Peak memory
 MiB that the call adds to the peak of a process of its own, in which the bare model ran on the same images before; ResNet-18, four
