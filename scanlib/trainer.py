@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from scanlib import distributed
 from scanlib.checkpoint import load_checkpoint, save_checkpoint
+from scanlib.hooks import logits_of
 from scanlib.randomness import own_randomness, seeded_batches
 
 
@@ -35,8 +37,9 @@ class Accuracy:
         self.right = self.seen = 0
 
     @torch.no_grad()
-    def update(self, target: Tensor, logits: Tensor) -> None:
-        self.right += int((logits.argmax(1) == target).sum())
+    def update(self, target: Tensor, outputs) -> None:
+        """Labels (B,), and logits (B, K) or what ``logits_of`` finds them in."""
+        self.right += int((logits_of(outputs).argmax(1) == target).sum())
         self.seen += len(target)
 
     def compute(self) -> float:
@@ -54,17 +57,28 @@ def classifier_step(model: nn.Module, preprocess: Callable[[Tensor], Tensor], de
     return step
 
 
+def detached(outputs):
+    """A step's outputs without their graph: a tensor, or a tuple of them."""
+    if isinstance(outputs, Tensor):
+        return outputs.detach()
+    return getattr(type(outputs), "_make", type(outputs))([output.detach() for output in outputs])
+
+
 class Trainer:
     """Trains ``model`` with ``step(batch, training) -> (loss, outputs, target)``.
 
     Args:
         model, step, optimizer: what is trained, what one batch means, and how the weights move.
         scheduler: stepped once per ``scheduler_interval``, "epoch" or "step".
-        metrics: objects with reset(), update(target, outputs), compute(); named by their class in the history.
+        metrics: objects with reset(), update(target, outputs), compute(); named by their class in the history. Their attributes
+            are sums, so that those of several processes add up.
         checkpoint: file to save to, at each epoch's end and every ``save_every`` seconds, and to resume from.
         config: plain values that must agree for a checkpoint to be resumed.
         amp: run the step in bfloat16 autocast.
         on_step: called with the trainer after each training step (``epoch``, ``step``, ``loss`` tell where it is).
+
+    Among several processes (``scanlib.distributed``) each ``fit`` takes a loader of its own share, ``shared(loader)``; the first
+    process prints and saves, at each epoch's end only.
     """
 
     def __init__(
@@ -111,10 +125,13 @@ class Trainer:
         if self._start is None:  # else: the last call was interrupted, and this one goes on from there
             self._start = self.epoch
         goal = self._start + int(epochs)
+        verbose = verbose and distributed.is_first()
         try:
             self._resume()
+            distributed.same_start([*self.model.parameters(), *self.model.buffers()])
             while self.epoch < goal:
                 self._train_epoch(loader, goal, verbose)
+                distributed.average_statistics(self.model)
                 validated = self._validate(validation) if validation is not None else None
                 self._finish_epoch(validated)
                 self._save()
@@ -143,7 +160,7 @@ class Trainer:
                     bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
                     if self.on_step is not None:
                         self.on_step(self)
-                    if time.monotonic() - saved > self.save_every:
+                    if time.monotonic() - saved > self.save_every and not distributed.together():
                         self._save()
                         saved = time.monotonic()
                 bar.update()
@@ -154,19 +171,23 @@ class Trainer:
         self.model.train()  # whatever on_step or the step of another task left it in
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            loss, outputs, target = self.one_step(batch, True)
-        self.loss = float(loss.detach())
+            loss, outputs, target = self.one_step(batch, True) if batch is not None else (None, None, ())
+        own = float(loss.detach()) if len(target) else 0.0
+        total, pictures = distributed.summed([own * len(target), len(target)], self.device)
+        self.loss = total / pictures if distributed.together() else own
         if not math.isfinite(self.loss):
             rate = self.optimizer.param_groups[0]["lr"]
             raise FloatingPointError(
                 f"the loss became {self.loss} in epoch {self.epoch + 1}, step {self.step + 1}; "
                 f"start from new weights with a learning rate below {rate:.1g}, or without amp"
             )
-        loss.backward()
+        if len(target):
+            loss.backward()
+        distributed.sum_gradients(self.model, len(target) / pictures)
         self.optimizer.step()
         if self.scheduler is not None and self.scheduler_interval == "step":
             self._step_scheduler()
-        self._tally(self._sums, self.metrics, outputs, target)
+        self._tally(self._sums, self.metrics, outputs, target, own)
         self.step += 1
 
     @torch.no_grad()
@@ -178,9 +199,12 @@ class Trainer:
             metric.reset()
         with own_randomness(self.device):
             for batch in seeded_batches(loader, self.seed, self.epoch):
+                if batch is None:  # other processes have what is left
+                    continue
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                     loss, outputs, target = self.one_step(batch, False)
                 self._tally(sums, metrics, outputs, target, float(loss))
+        sums = self._of_all(sums, metrics)
         if sums[1] and not math.isfinite(sums[0]):
             value, epoch = sums[0] / sums[1], self.epoch + 1
             raise FloatingPointError(
@@ -190,14 +214,22 @@ class Trainer:
             raise ValueError("the validation loader is empty; give it at least one batch, or leave it out")
         return sums, metrics
 
-    def _tally(self, sums, metrics, outputs, target, loss=None):
-        sums[0] += (self.loss if loss is None else loss) * len(target)
+    def _tally(self, sums, metrics, outputs, target, loss):
+        sums[0] += loss * len(target)
         sums[1] += len(target)
-        for metric in metrics:
-            metric.update(target, outputs.detach())
+        for metric in metrics if len(target) else ():
+            metric.update(target, detached(outputs))
+
+    def _of_all(self, sums, metrics):
+        """Sums over all processes, and the metrics' too, in place."""
+        if distributed.together():
+            for metric in metrics:
+                names = list(vars(metric))
+                vars(metric).update(zip(names, distributed.summed([vars(metric)[n] for n in names], self.device), strict=True))
+        return distributed.summed(sums, self.device)
 
     def _finish_epoch(self, validated):
-        self._record("", self._sums, self.metrics)
+        self._record("", self._of_all(self._sums, self.metrics), self.metrics)
         if validated is not None:
             self._record("val_", *validated)
         if self.scheduler is not None and self.scheduler_interval == "epoch":
@@ -219,7 +251,7 @@ class Trainer:
     # --- stop and go ---
 
     def _save(self):
-        if self.checkpoint is None:
+        if self.checkpoint is None or not distributed.is_first():
             return
         content = {
             "format": 1,
@@ -234,6 +266,7 @@ class Trainer:
         save_checkpoint(content, self.checkpoint)
 
     def _resume(self):
+        distributed.wait()  # for what the first process may still be writing
         if self.checkpoint is None or not Path(self.checkpoint).exists():
             return
         saved = load_checkpoint(

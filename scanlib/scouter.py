@@ -1,0 +1,363 @@
+"""SCOUTER: a classifier whose score *is* its explanation. Every class has slots that look for support; what they find is the logit.
+
+Li, Wang, Verma, Nakashima, Kawasaki, Nagahara, "SCOUTER: Slot Attention-Based Classifier for Explainable Image Recognition",
+ICCV 2021, arXiv 2009.06138.
+
+    scouter = Scouter(load_target("signs_cnn").model, classes=10, sign=+1)     # any backbone; its head is let go
+    logits = scouter(inputs)                                # (B, K)
+    logits, attention = scouter.attend(inputs)              # attention (B, K, slots, h, w) in [0, 1]
+    loss = scouter_loss(logits, attention, labels, lam=10)  # cross-entropy + lam * area ^ power
+    maps = scouter.explain(images, target=3)                # (N, H, W): the call every explainer answers
+
+With values V >= 0 at N places and m_n the mean of V_n over its channels, the logit is o_c = sign * sum_n A_cn m_n: the mass that
+the class's attention A covers. Positive slots win by finding much, and show why. Negative ones win by finding least: the class
+with the lowest logit shows why it is not that one.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scanlib.explainer import Explainer
+from scanlib.hooks import Layout, Target, evaluating, resolve_layer, target_scores
+from scanlib.maps import resized
+from scanlib.models import default_layer
+
+
+class Slots(NamedTuple):
+    """What slot attention returns: logits (B, K), attention (B, K, slots, ...) in [0, 1]."""
+
+    logits: Tensor
+    attention: Tensor
+
+
+class XSlotAttention(nn.Module):
+    """Slots of every class look at the values, three times, each time knowing what they saw before (paper, Sect. 3.2).
+
+    Args:
+        classes: K. channels: d, of values and slots. slots: per class. iterations: how often they look.
+        key_layers: linear layers that make keys, with ReLU in between.
+        sign: +1, what is found speaks for the class; -1, against it.
+        rescale: every row of scores scaled to the sum of all, as in the released code and not in the paper. It couples every
+            class to every other.
+
+    Slots are drawn once from a normal distribution and learned.
+    """
+
+    def __init__(
+        self, classes: int, channels: int = 64, slots: int = 1, iterations: int = 3, key_layers: int = 1, sign: int = 1, rescale=False
+    ):
+        super().__init__()
+        for name, value in {"classes": classes, "slots": slots, "iterations": iterations, "key_layers": key_layers}.items():
+            if value != int(value) or value < 1:
+                raise ValueError(f"{name} {value} is no count; give 1 or more")
+        if sign not in (1, -1):
+            raise ValueError(f"sign {sign!r} is not known; take +1, evidence for a class, or -1, against it")
+        self.classes, self.iterations, self.sign, self.rescale = classes, iterations, sign, rescale
+        self.slots = nn.Parameter(torch.randn(classes * slots, channels))
+        layers = [layer for _ in range(key_layers) for layer in (nn.Linear(channels, channels), nn.ReLU())]
+        self.keys = nn.Sequential(*layers[:-1])
+        self.update = nn.GRUCell(channels, channels)
+
+    def forward(self, values: Tensor, positions: Tensor) -> Slots:
+        """Values (B, N, d), not negative, and the code of their places (N, d) -> logits (B, K), attention (B, K, slots, N).
+
+        Raises FloatingPointError where rescaling would divide by zero.
+        """
+        batch, _, channels = values.shape
+        keys = self.keys(values + positions)  # (B, N, d): only keys know where they are
+        slots = self.slots.to(keys.dtype).expand(batch, -1, -1)  # (B, S, d), S = K * slots
+        for iteration in range(self.iterations):
+            if iteration:
+                slots = self.update(found.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)  # noqa: F821
+            scores = slots @ keys.mT / math.sqrt(channels)  # (B, S, N)
+            if self.rescale:
+                scores = _rescaled(scores)
+            attention = scores.sigmoid()  # no softmax: slots do not compete
+            found = attention @ values / channels  # (B, S, d)
+        logits = self.sign * found.unflatten(1, (self.classes, -1)).sum((2, 3))
+        return Slots(logits, attention.unflatten(1, (self.classes, -1)))
+
+
+def _rescaled(scores: Tensor) -> Tensor:
+    """Each row times the sum of all rows over its own."""
+    sums = scores.sum(2, keepdim=True)
+    if (sums == 0).any():
+        raise FloatingPointError("a slot's scores sum to zero, so they can not be rescaled; take rescale=False, as in the paper")
+    return scores / sums * sums.sum(1, keepdim=True)
+
+
+def position_code(height: int, width: int, channels: int) -> Tensor:
+    """Sines and cosines of the row, then of the column, d / 2 channels each: (h * w, d), row by row (Carion et al. 2020, DETR).
+
+    Rows and columns run over (0, 2 pi] whatever their number; the k-th pair has the frequency 10000 ^ (-4 k / d).
+    """
+    frequency = 10_000 ** (-4 / channels * torch.arange(channels // 4))
+
+    def code(count):
+        angle = 2 * math.pi / count * torch.arange(1, count + 1)[:, None] * frequency  # (count, d / 4)
+        return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)  # (count, d / 2)
+
+    rows, columns = code(height)[:, None].expand(-1, width, -1), code(width)[None].expand(height, -1, -1)
+    return torch.cat([rows, columns], 2).flatten(0, 1)
+
+
+class Scouter(nn.Module):
+    """A backbone up to one layer, and slots that look at its features.
+
+    Args:
+        backbone: a model; copied, and what it runs behind ``layer`` is let go. Its weights are where training starts: train it
+            with its own head first.
+        classes: their number. layer: name, module or index; None takes the last with a spatial extent.
+        channels, slots, key_layers, iterations, sign, rescale: see ``XSlotAttention``.
+        freeze: how many of the backbone's stages keep their weights and statistics, its stem with them; 0 none; see ``stages``.
+        preprocess: images in [0, 255] -> the model's input, for ``explain``. image_size: pixels a side, for finding the layer.
+
+    Any size of picture works, square or not. (B, 3, H, W), preprocessed -> logits (B, K).
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classes: int,
+        layer: str | int | nn.Module | None = None,
+        *,
+        channels: int = 64,
+        slots: int = 1,
+        key_layers: int = 1,
+        iterations: int = 3,
+        sign: int = 1,
+        rescale: bool = False,
+        freeze: int = 0,
+        preprocess: Callable[[Tensor], Tensor] | None = None,
+        image_size: int | tuple[int, int] = 224,
+    ):
+        super().__init__()
+        if channels < 4 or channels % 4:
+            raise ValueError(f"channels {channels} must be a multiple of 4: sine and cosine of row and column")
+        self.layer_name = resolve_layer(backbone, default_layer(backbone, image_size) if layer is None else layer)[0]
+        self.backbone = copy.deepcopy(backbone)
+        self.preprocess = preprocess or (lambda images: images)
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        width = self._cut(size)
+        self.project = nn.Conv2d(width, channels, 1)
+        self.slot_attention = XSlotAttention(classes, channels, slots, iterations, key_layers, sign, rescale)
+        self._frozen: list[nn.Module] = []
+        self.freeze(freeze)
+
+    def _cut(self, size: tuple[int, int]) -> int:
+        """Replace what the backbone runs behind the layer, or not at all; the number of features."""
+        ran, weight = set(), next(self.backbone.parameters())
+        handles = [m.register_forward_pre_hook(lambda module, _: ran.add(module)) for m in self.backbone.modules()]
+        try:
+            with torch.no_grad(), evaluating(self.backbone):
+                features = self.features(weight.new_zeros(1, 3, *size))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, module in list(self.backbone.named_modules()):
+            if module not in ran and not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and any(True for _ in module.parameters()):
+                parent, _, own = name.rpartition(".")
+                setattr(self.backbone.get_submodule(parent), own, nn.Identity())
+        return features.shape[1]
+
+    @property
+    def sign(self) -> int:
+        return self.slot_attention.sign
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """The layer's output, (B, C, h, w); nothing behind the layer is run."""
+
+        def leave(module, inputs, output):
+            raise _Reached(output)
+
+        handle = resolve_layer(self.backbone, self.layer_name)[1].register_forward_hook(leave)
+        try:
+            self.backbone(inputs)
+        except _Reached as reached:
+            output = reached.args[0]
+        finally:
+            handle.remove()
+        output = output[0] if isinstance(output, (tuple, list)) else output
+        return Layout.infer(output.shape, tuple(inputs.shape[2:])).to_maps(output)
+
+    def attend(self, inputs: Tensor) -> Slots:
+        """Preprocessed (B, 3, H, W) -> logits (B, K) and attention (B, K, slots, h, w)."""
+        values = self.project(self.features(inputs)).relu()  # (B, d, h, w)
+        batch, channels, height, width = values.shape
+        positions = position_code(height, width, channels).to(values)
+        logits, attention = self.slot_attention(values.flatten(2).mT, positions)
+        return Slots(logits, attention.unflatten(3, (height, width)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.attend(inputs).logits
+
+    # --- what stays as it is while training ---
+
+    def freeze(self, count: int) -> "Scouter":
+        """Freeze the stem and the first ``count`` stages: weights, and statistics of batch norms; 0 frees all."""
+        names = stages(self.backbone)
+        if not 0 <= count <= len(names):
+            raise ValueError(f"freeze {count} is out of range: the backbone has {len(names)} stages, {', '.join(names)}")
+        self.backbone.requires_grad_(True)
+        self._frozen = []
+        if count:
+            stem = True
+            for name, module in self.backbone.named_modules():
+                stem = stem and name != names[0]
+                inside = any(name == stage or name.startswith(f"{stage}.") for stage in names[:count])
+                if inside or (stem and not any(stage.startswith(f"{name}.") or not name for stage in names)):
+                    self._frozen.append(module.requires_grad_(False))
+            for name, own in self.backbone.named_parameters():
+                if name.rpartition(".")[0] == "" or any(stage.startswith(name.rpartition(".")[0] + ".") for stage in names):
+                    own.requires_grad_(False)  # loose ones in front of the stages: class token, position code
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Scouter":
+        """As any module's, but that frozen parts stay in eval mode."""
+        super().train(mode)
+        for module in self._frozen:
+            module.training = False
+        return self
+
+    # --- the explanation ---
+
+    def explain(self, images: Tensor, target: Target = None, normalize: bool = True) -> Tensor:
+        """Images (N, 3, H, W) in [0, 255] -> maps (N, H, W) in [0, 1]: where the class's slots look; see ``SlotMaps``."""
+        return SlotMaps(self, preprocess=self.preprocess)(images, target, normalize)
+
+    def heat_maps(self, images: Tensor) -> Tensor:
+        """Every class's map, (N, K, H, W) in [0, 1], of images in [0, 255]; stretched over all of an image's classes together."""
+        explainer = SlotMaps(self, preprocess=self.preprocess)
+        with torch.no_grad(), evaluating(self):
+            attention = self.attend(explainer._inputs(images)).attention.sum(2)
+        maps = F.interpolate(_stretched(attention), size=tuple(images.shape[2:]), mode="bilinear", align_corners=False)
+        return maps.to(images.device)
+
+
+class _Reached(Exception):
+    """The layer has run: nothing behind it is needed."""
+
+
+def stages(backbone: nn.Module) -> list[str]:
+    """Names of a backbone's stages, front to back: the numbered siblings with the most parameters, as layer1 ... layer4,
+    features.0 ..., encoder.layers.encoder_layer_0 ..."""
+    families: dict[str, dict[str, int]] = {}
+    for name, module in backbone.named_modules():
+        if numbered := re.fullmatch(r"(|.*\D)\d+", name):
+            families.setdefault(numbered[1], {})[name] = sum(p.numel() for p in module.parameters())
+    sizes = max(families.values(), key=lambda sizes: sum(sizes.values()), default={})
+    return [name for name, size in sizes.items() if size]
+
+
+class SlotMaps(Explainer):
+    """A Scouter's maps by the common call: the attention of the last look, summed over a class's slots.
+
+    Stretched over all classes and pixels of an image together, as in the paper: a class that saw less stays darker, and what
+    an image's strongest class did not see is 0. ``normalize=False``: the sums themselves, (N, h, w), in [0, slots].
+
+    target: None (predicted class), a class, one per image, or callables: those give the classes' maps weighted by the score's
+    derivatives for their logits, so that y_3 - y_5 asks what speaks for 3 and not for 5. For a negative sign a class's map is
+    what speaks against it: ask for the class with the lowest logit.
+    """
+
+    def __call__(self, images: Tensor, target: Target = None, normalize: bool = True) -> Tensor:
+        with torch.no_grad(), evaluating(self.model):
+            inputs = self._inputs(images)
+            if not len(images):
+                return torch.zeros(0, *images.shape[2:], device=images.device)
+            logits, attention = self.model.attend(inputs)
+            attention = attention.sum(2)  # (N, K, h, w)
+            if normalize:
+                attention = _stretched(attention)
+            with torch.enable_grad():
+                logits = logits.detach().requires_grad_()
+                weights = torch.autograd.grad(target_scores(logits, target).sum(), logits)[0]
+            maps = torch.einsum("nk,nkhw->nhw", weights, attention)
+            return (resized(maps.clamp(0, 1), images.shape[2:]) if normalize else maps).to(images.device)
+
+
+def _stretched(attention: Tensor) -> Tensor:
+    """(N, K, h, w), min-max over all classes and pixels of an image."""
+    low, high = attention.amin((1, 2, 3), keepdim=True), attention.amax((1, 2, 3), keepdim=True)
+    return (attention - low) / (high - low).clamp_min(torch.finfo(attention.dtype).tiny)
+
+
+# --- training ---
+
+
+def scouter_loss(logits: Tensor, attention: Tensor, labels: Tensor, lam: float = 1.0, power: float = 2.0) -> Tensor:
+    """Cross-entropy + lam * (mean attention) ^ power (paper, Eqs. 7 and 8). The area term makes the explanation: without it
+    nothing keeps the slots from looking everywhere."""
+    return F.cross_entropy(logits, labels) + lam * attention.mean() ** power
+
+
+def scouter_step(scouter: Scouter, lam: float = 1.0, power: float = 2.0, device="cpu", patience: int = 100) -> Callable:
+    """The step of a Scouter, for ``Trainer``: (images in [0, 255], labels) -> loss, Slots, labels.
+
+    Raises FloatingPointError after ``patience`` training steps in a row in which the logits of no image differ: the sigmoids are
+    all 0, or all 1, and send no gradient. The loss stays finite then, and would not tell.
+    """
+    still = 0
+
+    def step(batch, training):
+        nonlocal still
+        images, labels = batch[0].to(device), batch[1].to(device)
+        slots = scouter.attend(scouter.preprocess(images))
+        if training:
+            spread = slots.logits.detach()
+            still = still + 1 if float((spread.amax(1) - spread.amin(1)).amax()) < 0.01 else 0
+            if still >= patience:
+                raise FloatingPointError(
+                    f"the slots died: for {still} steps all classes had the same logit, at a mean attention of "
+                    f"{float(slots.attention.mean()):.1g}; start from a backbone trained with its own head, or take lam below "
+                    f"{lam:g} or a smaller learning rate"
+                )
+        return scouter_loss(*slots, labels, lam, power), slots, labels
+
+    return step
+
+
+class _Mean:
+    """A mean over images."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.sum, self.seen = 0.0, 0
+
+    @torch.no_grad()
+    def update(self, target: Tensor, slots: Slots) -> None:
+        values = self.values(target, slots)
+        self.sum, self.seen = self.sum + float(values.sum()), self.seen + len(values)
+
+    def compute(self) -> float:
+        return self.sum / self.seen if self.seen else math.nan
+
+
+class Area(_Mean):
+    """Raw area: the mean attention of all classes' slots, in [0, 1]."""
+
+    def values(self, target, slots):
+        return slots.attention.flatten(1).mean(1)
+
+
+class OwnArea(_Mean):
+    """Raw area of the label's class, in [0, 1]."""
+
+    def values(self, target, slots):
+        return slots.attention[torch.arange(len(target)), target].flatten(1).mean(1)
+
+
+class LogitRange(_Mean):
+    """How far an image's logits lie apart, largest less smallest. It falls to 0 when the slots die."""
+
+    def values(self, target, slots):
+        return slots.logits.amax(1) - slots.logits.amin(1)

@@ -1,0 +1,90 @@
+"""Two processes walk the same way as one, on a number of pictures that they can not share evenly."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from scanlib.distributed import is_first, processes, shared, summed
+from scanlib.trainer import Accuracy, Trainer
+
+RUN = "from tests.test_distributed import walk; walk()"
+
+
+def run(path=None):
+    """Train a small classifier on 37 pictures, validate on 33: the last batches leave one process with nothing."""
+    generator = torch.Generator().manual_seed(0)
+    pictures, validation = torch.randn(37, 6, generator=generator), torch.randn(33, 6, generator=generator)
+    labels = lambda x: (x[:, 0] + 0.3 * x[:, 1] > 0).long()  # noqa: E731
+    torch.manual_seed(int(os.environ.get("RANK", 0)))  # each process starts elsewhere; the first one's weights count
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def step(batch, training):
+        logits = model(batch[0])
+        return nn.functional.cross_entropy(logits, batch[1]), logits, batch[1]
+
+    loaders = [
+        DataLoader(TensorDataset(x, labels(x)), 4, shuffle=shuffle) for x, shuffle in ((pictures, True), (validation, False))
+    ]
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    trainer = Trainer(model, step, optimizer, metrics=[Accuracy()], checkpoint=path)
+    history = trainer.fit(shared(loaders[0]), 3, shared(loaders[1]))
+    return history, [parameter.detach() for parameter in model.parameters()]
+
+
+def walk():
+    """What each of the processes does."""
+    with processes():
+        path = os.environ["CHECKPOINT"]
+        history, parameters = run(path)
+        again, _ = run(path)  # a finished run is read, by all
+        assert again == history and summed([1.0], torch.device("cpu")) == [2.0]
+        others = [torch.empty_like(parameters[0]) for _ in range(2)]
+        torch.distributed.all_gather(others, parameters[0])
+        assert torch.equal(*others)
+        if is_first():
+            torch.save({"history": json.dumps(history), "parameters": parameters}, os.environ["RESULT"])
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo here")
+def test_two_processes_are_as_one(tmp_path):
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    files = {"RESULT": str(tmp_path / "result.pt"), "CHECKPOINT": str(tmp_path / "run.pt")}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RUN],
+            env=os.environ | common | files | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert "epoch 3/3" in said[0] and "epoch" not in said[1]  # the first one speaks
+    found = torch.load(tmp_path / "result.pt", weights_only=True)
+    history, parameters = run()
+    theirs = json.loads(found["history"])
+    assert theirs["Accuracy"] == history["Accuracy"] and theirs["val_Accuracy"] == history["val_Accuracy"]
+    assert theirs["val_loss"] == pytest.approx(history["val_loss"], rel=1e-5)
+    torch.testing.assert_close(found["parameters"], parameters, atol=1e-6, rtol=1e-5)
+
+
+def test_alone_nothing_changes():
+    loader = DataLoader(range(5))
+    with processes():
+        assert shared(loader) is loader and is_first() and summed([2.0, 3.0], torch.device("cpu")) == [2.0, 3.0]
