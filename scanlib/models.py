@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from scanlib.checkpoint import load_checkpoint
 from scanlib.data import Signs
+from scanlib.freezing import HEADS
 from scanlib.hooks import evaluating
 
 CHECKPOINTS = Path(__file__).parent.parent / "data" / "checkpoints"
@@ -94,7 +95,6 @@ class Target:
 
 
 BLOCK_NORMS = ("ln_1", "norm1", "layernorm_before")  # a transformer block's first LayerNorm: torchvision, timm, Hugging Face
-HEADS = ("classifier", "aux_classifier", "head", "heads", "fc", "AuxLogits")
 NOT_FEATURES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Identity, nn.LayerNorm, torchvision.ops.Permute)
 
 SIGNS_MODELS = {"signs_cnn": (SmallResNet, "layer4"), "signs_vit": (small_vit, "encoder.layers.encoder_layer_1")}
@@ -121,7 +121,7 @@ def load_target(name: str, weights: str | os.PathLike | None = "DEFAULT") -> Tar
         model, path, size, classes, preprocess = _torchvision_target(name, weights)
         layer = default_layer(model, size)
     if path is not None:
-        _load_weights(model, path, name)
+        load_weights(model, path, name)
     return Target(model.eval(), preprocess, layer, classes, (size, size))
 
 
@@ -170,7 +170,8 @@ def _downloaded(name: str, url: str) -> Path:
     return path
 
 
-def _load_weights(model: nn.Module, path, name: str) -> None:
+def load_weights(model: nn.Module, path, name: str) -> None:
+    """A state dict's file into the model called ``name``. Raises ValueError when it is none, or another model's."""
     state = load_checkpoint(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -70,8 +70,8 @@ class MNIST(Dataset):
             data = datasets.MNIST(root, train, download=download)
         except Exception as error:  # offline, proxy, disk, broken files: urllib and torchvision raise many kinds
             raise FileNotFoundError(
-                f"MNIST could not be had ({type(error).__name__}); put its four idx files, train-images-idx3-ubyte and so on, into "
-                f"{Path(root) / 'MNIST' / 'raw'}"
+                f"MNIST could not be had ({type(error).__name__}); put its four files, train-images-idx3-ubyte and so on, "
+                f"into {Path(root) / 'MNIST' / 'raw'}"
             ) from error
         self.classes, self.size = _first([str(digit) for digit in range(10)], classes, Path(root)), size
         kept = data.targets < classes
@@ -94,7 +94,9 @@ class ConText(_Pictures):
 
     def __init__(self, root: str | os.PathLike, train: bool = True, size: int = 260, classes: int = 30, seed: int = 0):
         root = Path(root) / "JPEGImages" if (Path(root) / "JPEGImages").is_dir() else Path(root)
-        names = _class_folders(root, "it must hold Con-Text's JPEGImages, a folder a class; ask for it on the data set's own page")
+        names = _class_folders(
+            root, "it must hold Con-Text's JPEGImages, a folder a class; ask for it on the data set's own page"
+        )
         names = _first(names, classes, root)
         files, labels = _pictures_of(root, names)
         generator = torch.Generator().manual_seed(seed)
@@ -124,20 +126,18 @@ class ImageNetSubset(_Pictures):
 class CUB200(_Pictures):
     """CUB-200-2011, birds: the first classes, the official split; with ``boxes`` items are (image, label, box).
 
-    box: float32 (4,), x1, y1, x2, y2 in pixels of the image given out, cut at its edge. root: CUB_200_2011, with images.txt and the other
-    lists in it (Wah et al., Caltech, 2011).
+    box: float32 (4,), x1, y1, x2, y2 in pixels of the image given out, cut at its edge. root: CUB_200_2011, with images.txt and
+    the other lists in it (Wah et al., Caltech, 2011).
     """
 
     LISTS = ("images", "image_class_labels", "train_test_split", "classes", "bounding_boxes")
 
-    def __init__(
-        self, root: str | os.PathLike, train: bool = True, size: int = 260, classes: int = 25, *, boxes: bool = False
-    ):
+    def __init__(self, root: str | os.PathLike, train: bool = True, size: int = 260, classes: int = 25, *, boxes: bool = False):
         root = Path(root)
         missing = [name for name in self.LISTS if not (root / f"{name}.txt").is_file()]
         if missing:
             raise FileNotFoundError(
-                f"no {missing[0]}.txt in {root}; it must be CUB_200_2011, unpacked from CUB_200_2011.tgz of Caltech's data repository"
+                f"no {missing[0]}.txt in {root}; it must be CUB_200_2011, unpacked from CUB_200_2011.tgz, which Caltech publishes"
             )
         lists = {name: [line.split() for line in (root / f"{name}.txt").read_text().splitlines() if line] for name in self.LISTS}
         paths, of, split = ({row[0]: row[1] for row in lists[name]} for name in self.LISTS[:3])

@@ -1,4 +1,4 @@
-"""SCOUTER: a classifier whose score *is* its explanation. Every class has slots that look for support; what they find is the logit.
+"""SCOUTER: a classifier whose score *is* its explanation. Every class has slots that look around; what they find is the logit.
 
 Li, Wang, Verma, Nakashima, Kawasaki, Nagahara, "SCOUTER: Slot Attention-Based Classifier for Explainable Image Recognition",
 ICCV 2021, arXiv 2009.06138.
@@ -16,7 +16,6 @@ with the lowest logit shows why it is not that one.
 
 import copy
 import math
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scanlib.explainer import Explainer
+from scanlib.freezing import Frozen
 from scanlib.hooks import Layout, Target, evaluating, resolve_layer, target_scores
 from scanlib.maps import resized
 from scanlib.models import default_layer
@@ -51,7 +51,14 @@ class XSlotAttention(nn.Module):
     """
 
     def __init__(
-        self, classes: int, channels: int = 64, slots: int = 1, iterations: int = 3, key_layers: int = 1, sign: int = 1, rescale=False
+        self,
+        classes: int,
+        channels: int = 64,
+        slots: int = 1,
+        iterations: int = 3,
+        key_layers: int = 1,
+        sign: int = 1,
+        rescale=False,
     ):
         super().__init__()
         for name, value in {"classes": classes, "slots": slots, "iterations": iterations, "key_layers": key_layers}.items():
@@ -116,7 +123,7 @@ class Scouter(nn.Module):
             with its own head first.
         classes: their number. layer: name, module or index; None takes the last with a spatial extent.
         channels, slots, key_layers, iterations, sign, rescale: see ``XSlotAttention``.
-        freeze: how many of the backbone's stages keep their weights and statistics, its stem with them; 0 none; see ``stages``.
+        freeze: how many of the backbone's stages keep their weights and statistics, its stem with them; see ``Frozen``.
         preprocess: images in [0, 255] -> the model's input, for ``explain``. image_size: pixels a side, for finding the layer.
 
     Any size of picture works, square or not. (B, 3, H, W), preprocessed -> logits (B, K).
@@ -142,30 +149,12 @@ class Scouter(nn.Module):
         if channels < 4 or channels % 4:
             raise ValueError(f"channels {channels} must be a multiple of 4: sine and cosine of row and column")
         self.layer_name = resolve_layer(backbone, default_layer(backbone, image_size) if layer is None else layer)[0]
-        self.backbone = copy.deepcopy(backbone)
         self.preprocess = preprocess or (lambda images: images)
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        width = self._cut(size)
+        front, width = _front(copy.deepcopy(backbone), self.layer_name, size)
+        self.backbone = Frozen(front, freeze)
         self.project = nn.Conv2d(width, channels, 1)
         self.slot_attention = XSlotAttention(classes, channels, slots, iterations, key_layers, sign, rescale)
-        self._frozen: list[nn.Module] = []
-        self.freeze(freeze)
-
-    def _cut(self, size: tuple[int, int]) -> int:
-        """Replace what the backbone runs behind the layer, or not at all; the number of features."""
-        ran, weight = set(), next(self.backbone.parameters())
-        handles = [m.register_forward_pre_hook(lambda module, _: ran.add(module)) for m in self.backbone.modules()]
-        try:
-            with torch.no_grad(), evaluating(self.backbone):
-                features = self.features(weight.new_zeros(1, 3, *size))
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name, module in list(self.backbone.named_modules()):
-            if module not in ran and not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and any(True for _ in module.parameters()):
-                parent, _, own = name.rpartition(".")
-                setattr(self.backbone.get_submodule(parent), own, nn.Identity())
-        return features.shape[1]
 
     @property
     def sign(self) -> int:
@@ -173,58 +162,22 @@ class Scouter(nn.Module):
 
     def features(self, inputs: Tensor) -> Tensor:
         """The layer's output, (B, C, h, w); nothing behind the layer is run."""
-
-        def leave(module, inputs, output):
-            raise _Reached(output)
-
-        handle = resolve_layer(self.backbone, self.layer_name)[1].register_forward_hook(leave)
-        try:
-            self.backbone(inputs)
-        except _Reached as reached:
-            output = reached.args[0]
-        finally:
-            handle.remove()
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        return Layout.infer(output.shape, tuple(inputs.shape[2:])).to_maps(output)
+        return _features(self.backbone.model, self.layer_name, inputs)
 
     def attend(self, inputs: Tensor) -> Slots:
         """Preprocessed (B, 3, H, W) -> logits (B, K) and attention (B, K, slots, h, w)."""
-        values = self.project(self.features(inputs)).relu()  # (B, d, h, w)
-        batch, channels, height, width = values.shape
+        return self.look(self.features(inputs))
+
+    def look(self, features: Tensor) -> Slots:
+        """``attend`` on what ``features`` gave, (B, C, h, w)."""
+        values = self.project(features).relu()  # (B, d, h, w)
+        _, channels, height, width = values.shape
         positions = position_code(height, width, channels).to(values)
         logits, attention = self.slot_attention(values.flatten(2).mT, positions)
         return Slots(logits, attention.unflatten(3, (height, width)))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.attend(inputs).logits
-
-    # --- what stays as it is while training ---
-
-    def freeze(self, count: int) -> "Scouter":
-        """Freeze the stem and the first ``count`` stages: weights, and statistics of batch norms; 0 frees all."""
-        names = stages(self.backbone)
-        if not 0 <= count <= len(names):
-            raise ValueError(f"freeze {count} is out of range: the backbone has {len(names)} stages, {', '.join(names)}")
-        self.backbone.requires_grad_(True)
-        self._frozen = []
-        if count:
-            stem = True
-            for name, module in self.backbone.named_modules():
-                stem = stem and name != names[0]
-                inside = any(name == stage or name.startswith(f"{stage}.") for stage in names[:count])
-                if inside or (stem and not any(stage.startswith(f"{name}.") or not name for stage in names)):
-                    self._frozen.append(module.requires_grad_(False))
-            for name, own in self.backbone.named_parameters():
-                if name.rpartition(".")[0] == "" or any(stage.startswith(name.rpartition(".")[0] + ".") for stage in names):
-                    own.requires_grad_(False)  # loose ones in front of the stages: class token, position code
-        return self.train(self.training)
-
-    def train(self, mode: bool = True) -> "Scouter":
-        """As any module's, but that frozen parts stay in eval mode."""
-        super().train(mode)
-        for module in self._frozen:
-            module.training = False
-        return self
 
     # --- the explanation ---
 
@@ -245,15 +198,43 @@ class _Reached(Exception):
     """The layer has run: nothing behind it is needed."""
 
 
-def stages(backbone: nn.Module) -> list[str]:
-    """Names of a backbone's stages, front to back: the numbered siblings with the most parameters, as layer1 ... layer4,
-    features.0 ..., encoder.layers.encoder_layer_0 ..."""
-    families: dict[str, dict[str, int]] = {}
-    for name, module in backbone.named_modules():
-        if numbered := re.fullmatch(r"(|.*\D)\d+", name):
-            families.setdefault(numbered[1], {})[name] = sum(p.numel() for p in module.parameters())
-    sizes = max(families.values(), key=lambda sizes: sum(sizes.values()), default={})
-    return [name for name, size in sizes.items() if size]
+def _features(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
+    def leave(module, inputs, output):
+        raise _Reached(output)
+
+    handle = model.get_submodule(layer).register_forward_hook(leave)
+    try:
+        model(inputs)
+        raise RuntimeError(f"layer {layer!r} did not run in the forward pass; take one that the model calls")
+    except _Reached as reached:
+        output = reached.args[0]
+    finally:
+        handle.remove()
+    output = output[0] if isinstance(output, (tuple, list)) else output
+    return Layout.infer(output.shape, tuple(inputs.shape[2:])).to_maps(output)
+
+
+def _front(model: nn.Module, layer: str, size: tuple[int, int]) -> tuple[nn.Module, int]:
+    """The model without what it begins behind the layer, and the number of the layer's features."""
+    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    picture = next(model.parameters()).new_zeros(1, channels, *size)
+    with torch.no_grad(), evaluating(model):
+        width = _features(model, layer, picture).shape[1]
+        ran = []  # in order of their beginning
+        handles = [module.register_forward_pre_hook(lambda module, _: ran.append(module)) for module in model.modules()]
+        done = model.get_submodule(layer).register_forward_hook(lambda *_: ran.append(None))
+        try:
+            model(picture)
+        finally:
+            for handle in (*handles, done):
+                handle.remove()
+    before = len(ran) - ran[::-1].index(None)
+    front, behind = set(ran[:before]), set(ran[before:])
+    for name, module in list(model.named_modules()):
+        if module in behind - front and any(True for _ in module.parameters()):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, nn.Identity())
+    return model, width
 
 
 class SlotMaps(Explainer):
@@ -298,8 +279,11 @@ def scouter_loss(logits: Tensor, attention: Tensor, labels: Tensor, lam: float =
     return F.cross_entropy(logits, labels) + lam * attention.mean() ** power
 
 
-def scouter_step(scouter: Scouter, lam: float = 1.0, power: float = 2.0, device="cpu", patience: int = 100) -> Callable:
-    """The step of a Scouter, for ``Trainer``: (images in [0, 255], labels) -> loss, Slots, labels.
+def scouter_step(
+    scouter: Scouter, lam: float = 1.0, power: float = 2.0, device="cpu", *, encoded: bool = False, patience: int = 100
+) -> Callable:
+    """The step of a Scouter, for ``Trainer``: (images in [0, 255], labels) -> loss, Slots, labels; with ``encoded``, batches
+    hold a frozen backbone's features in the images' place.
 
     Raises FloatingPointError after ``patience`` training steps in a row in which the logits of no image differ: the sigmoids are
     all 0, or all 1, and send no gradient. The loss stays finite then, and would not tell.
@@ -309,7 +293,7 @@ def scouter_step(scouter: Scouter, lam: float = 1.0, power: float = 2.0, device=
     def step(batch, training):
         nonlocal still
         images, labels = batch[0].to(device), batch[1].to(device)
-        slots = scouter.attend(scouter.preprocess(images))
+        slots = scouter.look(images) if encoded else scouter.attend(scouter.preprocess(images))
         if training:
             spread = slots.logits.detach()
             still = still + 1 if float((spread.amax(1) - spread.amin(1)).amax()) < 0.01 else 0
