@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from scanlib import SCAN, Signs, SmallResNet, Trainer, load_target, small_vit
 from scanlib.checkpoint import save_checkpoint
 from scanlib.models import CHECKPOINTS, Normalize
+from scanlib.scouter_recipes import PRESETS, save_trained, train
 from scanlib.trainer import Accuracy, classifier_step
 
 
@@ -66,6 +67,12 @@ def train_decoder(name: str, alpha: float, epochs: int, batch_size: int, learnin
     scanner.save_decoder(CHECKPOINTS / f"{name}_decoder.pt", half=True, notes=notes)
 
 
+def train_scouter(head: str) -> None:
+    path, recipe = CHECKPOINTS / f"signs_scouter_{head}.pt", PRESETS[f"signs-{head}"]
+    model, _ = train(recipe, path, "cpu")
+    save_trained(model, recipe, Signs.classes, path, half=True)
+
+
 RECIPES = {
     "signs_cnn": train_signs_cnn,
     "signs_cnn_decoder": partial(
@@ -73,6 +80,8 @@ RECIPES = {
     ),  # alpha 6: a map of 1/7; a sign covers a tenth
     "signs_vit": train_signs_vit,
     "signs_vit_decoder": partial(train_decoder, "signs_vit", 8.0, 6, 32, 5e-3, (90, 100), is_Transformer=False),
+    "signs_scouter_positive": partial(train_scouter, "positive"),
+    "signs_scouter_negative": partial(train_scouter, "negative"),
 }
 
 if __name__ == "__main__":

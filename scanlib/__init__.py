@@ -33,6 +33,8 @@ from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, self
 from scanlib.models import SmallResNet, load_target, small_vit
 from scanlib.perturbation import ISCAM, SSCAM, AblationCAM, ScoreCAM
 from scanlib.scan import SCAN
+from scanlib.scouter import Scouter, XSlotAttention, scouter_loss
+from scanlib.scouter_recipes import load_scouter
 from scanlib.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -69,6 +71,7 @@ __all__ = [
     "RefineCAM",
     "ResidualModule",
     "ScoreCAM",
+    "Scouter",
     "SegEigenCAM",
     "SelfConfidenceLoss",
     "ShapleyCAM",
@@ -79,12 +82,15 @@ __all__ = [
     "TransformerBlock",
     "TransformerDecoder",
     "XGradCAM",
+    "XSlotAttention",
     "compare",
     "grad_cam",
     "layer_cam",
+    "load_scouter",
     "load_target",
     "read_image",
     "resolve_layer",
+    "scouter_loss",
     "self_confidence",
     "small_vit",
 ]

@@ -4,6 +4,8 @@ base = classifier("resnet18", classes=10, weights="DEFAULT")        # ImageNet's
 logits = base.model(base.preprocess(images))                        # (N, 10)
 """
 
+import difflib
+
 from torch import nn
 from torchvision import models
 
@@ -11,56 +13,68 @@ from scanlib.freezing import HEADS
 from scanlib.models import SIGNS_MODELS, Normalize, Target, default_layer, load_target, load_weights
 
 
-def classifier(name: str, classes: int, weights: str | None = "DEFAULT", image_size: int = 224) -> Target:
+def classifier(name: str, classes: int, weights: str | None = "DEFAULT", image_size: int | None = None) -> Target:
     """A classifier by name, its head made anew where its classes are others; any size of picture that the model takes.
 
-    weights: "DEFAULT", None, or the path of a state dict, as for ``load_target``. Raises ValueError for an unknown name,
-    FileNotFoundError when weights can not be had, ImportError for timm's names without timm.
+    weights: "DEFAULT", None, or the path of a state dict with the published head, as for ``load_target``. image_size: pixels a
+    side; left out, the model's own. Raises ValueError for an unknown name, FileNotFoundError when weights can not be had,
+    ImportError for timm's names without timm.
     """
+    if classes < 1:
+        raise ValueError(f"classes {classes} is no count; give 1 or more")
     if name in SIGNS_MODELS or name == "vit_tiny" or name in models.list_models(module=models):
         target = load_target(name, weights)
         model = target.model if len(target.classes) == classes else with_head(target.model, classes)
-        return Target(model, target.preprocess, target.layer, [str(c) for c in range(classes)], (image_size, image_size))
+        if getattr(model, "aux_logits", False):  # of googlenet, inception_v3: they make a tuple of the output, in train mode
+            model.aux_logits = False
+            for child in [name for name, _ in model.named_children() if name.lower().startswith("aux")]:
+                setattr(model, child, None)
+        size = (image_size, image_size) if image_size else target.image_size
+        return Target(model, target.preprocess, target.layer, [str(c) for c in range(classes)], size)
     return _from_timm(name, classes, weights, image_size)
 
 
 def with_head(model: nn.Module, classes: int) -> nn.Module:
     """The model with its last linear layer or 1x1 convolution made anew, for so many classes."""
-    heads = [(n, m) for n, m in model.named_modules() if n.split(".")[0] in HEADS and isinstance(m, (nn.Linear, nn.Conv2d))]
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    heads = [(n, module) for n, module in modules if n.split(".")[0] in HEADS and not n.lower().startswith("aux")]
     if not heads:
         raise ValueError(f"{type(model).__name__} has no head among {', '.join(HEADS)}; replace it yourself")
-    for name, head in heads if len({m.weight.shape[0] for _, m in heads}) == 1 else heads[-1:]:
-        parent, _, own = name.rpartition(".")
-        bias = head.bias is not None
-        new = (
-            nn.Linear(head.in_features, classes, bias)
-            if isinstance(head, nn.Linear)
-            else nn.Conv2d(head.in_channels, classes, 1, bias=bias)
-        )
-        setattr(model.get_submodule(parent), own, new)
+    name, head = heads[-1]
+    parent, _, own = name.rpartition(".")
+    bias = head.bias is not None
+    new = (
+        nn.Linear(head.in_features, classes, bias)
+        if isinstance(head, nn.Linear)
+        else nn.Conv2d(head.in_channels, classes, 1, bias=bias)
+    )
+    setattr(model.get_submodule(parent), own, new.to(head.weight).train(head.training))
     return model
 
 
-def _from_timm(name: str, classes: int, weights: str | None, image_size: int) -> Target:
+def _from_timm(name: str, classes: int, weights: str | None, image_size: int | None) -> Target:
     try:
         import timm
     except ImportError as error:
         raise ImportError(f"backbone {name!r} is not torchvision's; for timm's, `pip install timm`") from error
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name[:6]}*")[:5]
-        raise ValueError(
-            f"backbone {name!r} is neither torchvision's nor timm's; close matches: {', '.join(close) or 'resnet18'}"
-        )
+        names = dict.fromkeys([*models.list_models(module=models), *SIGNS_MODELS, *timm.list_models()])
+        close = difflib.get_close_matches(name, names, n=5) or list(SIGNS_MODELS)
+        raise ValueError(f"backbone {name!r} is neither torchvision's nor timm's; close matches: {', '.join(close)}")
+    own = weights not in (None, "DEFAULT")  # a file: it fits the published head, which is made anew when it is loaded
     try:
-        model = timm.create_model(name, pretrained=weights == "DEFAULT", num_classes=classes)
+        model = timm.create_model(name, pretrained=weights == "DEFAULT", **({} if own else {"num_classes": classes}))
     except Exception as error:  # offline: timm and its hub raise many kinds
         if weights != "DEFAULT":
             raise
         raise FileNotFoundError(
             f"the weights of {name} could not be downloaded ({type(error).__name__}); pass a state dict's path, or none"
         ) from error
-    if weights not in (None, "DEFAULT"):
+    if own:
         load_weights(model, weights, name)
+        if model.num_classes != classes:
+            model.reset_classifier(classes)
     normal = Normalize(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
-    layer = default_layer(model, image_size)
-    return Target(model.eval(), normal, layer, [str(c) for c in range(classes)], (image_size, image_size))
+    size = (image_size, image_size) if image_size else tuple(model.pretrained_cfg["input_size"][1:])
+    layer = default_layer(model, size)
+    return Target(model.eval(), normal, layer, [str(c) for c in range(classes)], size)

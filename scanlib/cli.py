@@ -1,7 +1,10 @@
-"""The command line: train a decoder, explain pictures, compare explainers.
+"""The command line: train a decoder or a SCOUTER, explain pictures, compare explainers.
 
 python -m scanlib train --model squeezenet1_1 --layer features.12 --data photos --out decoder.pt
+python -m scanlib train scouter --preset signs-negative --out negative.pt
 python -m scanlib explain cat.jpg dog.jpg --decoder decoder.pt --percentile 95 --out map.png
+python -m scanlib explain sign.png --scouter negative.pt
+python -m scanlib explain cat.jpg --model resnet50 --method GradCAM
 python -m scanlib compare photos --decoder decoder.pt --methods GradCAM LayerCAM ScoreCAM --out table.md
 """
 
@@ -13,15 +16,19 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset, random_split
 
-from scanlib import attention, cams, fullgrad, perturbation
+from scanlib import attention, cams, cli_scouter, fullgrad, perturbation
 from scanlib.checkpoint import load_checkpoint
 from scanlib.comparison import METRICS, compare
 from scanlib.data import PhotoFolder, Signs, read_image
-from scanlib.explainer import Explainer
+from scanlib.explainer import Explainer, prepared
+from scanlib.hooks import evaluating, logits_of
 from scanlib.masking import MASKS
 from scanlib.metrics import black, blurred, imputed, mean_colour
 from scanlib.models import Target, load_target
+from scanlib.plots import overlay
 from scanlib.scan import SCAN
+from scanlib.scouter import Scouter
+from scanlib.scouter_recipes import load_trained
 
 FILLS = {"mean": mean_colour, "blur": blurred, "black": black, "road": imputed}
 METHODS = {  # every explainer that is called alike
@@ -34,10 +41,13 @@ METHODS = {  # every explainer that is called alike
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; a bad argument or file ends it with one line."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["train"] and arguments[1:2] not in (["decoder"], ["scouter"]):
+        arguments.insert(1, "decoder")
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
-    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"scanlib {options.name}: {error}")
 
 
@@ -45,8 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m scanlib", description="SCAN: see what a vision model saw.")
     commands = parser.add_subparsers(dest="name", required=True)
 
-    train = commands.add_parser(
-        "train", help="train a decoder for one layer of a classifier", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    kinds = commands.add_parser("train", help="train a decoder (the default), or a SCOUTER").add_subparsers(required=True)
+    scouter = kinds.add_parser("scouter", help="train a SCOUTER, or the base it starts from")
+    scouter.set_defaults(command=cli_scouter.train_command)
+    cli_scouter.add_options(scouter)
+    train = kinds.add_parser(
+        "decoder",
+        help="train SCAN's decoder for one layer of a classifier",
+        epilog="`train scouter --help` for SCOUTER",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     train.set_defaults(command=train_command)
     train.add_argument("--model", required=True, help="signs_cnn, signs_vit, vit_tiny, or any torchvision classifier")
@@ -81,8 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.set_defaults(command=explain_command)
     explain.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
-    explain.add_argument("--decoder", required=True, type=Path, help="what train wrote")
+    explain.add_argument("--decoder", type=Path, help="what train wrote")
+    explain.add_argument("--scouter", type=Path, help="what train scouter wrote, of either sign; a base with --method")
+    explain.add_argument("--model", help="with --method: signs_cnn, signs_vit, vit_tiny, or any torchvision classifier")
     explain.add_argument("--weights", help="the classifier's weights, if they moved since training")
+    explain.add_argument("--method", help=f"explain the classifier by another method: {', '.join(METHODS)}")
+    explain.add_argument("--layer", help="of the method; left out, the last with a spatial extent")
     explain.add_argument("--class", dest="target", help="class to explain, by number or name; left out, the predicted one")
     explain.add_argument("--percentile", type=float, default=95.0)
     explain.add_argument("--out", type=Path, default=Path("map.png"))
@@ -175,28 +196,77 @@ def train_command(options) -> None:
 
 
 def explain_command(options) -> None:
-    """One row a picture: the picture, map, overlay, reconstruction."""
-    from scanlib.plots import overlay, panels
+    """One row a picture, with what the explainer says of it."""
+    from scanlib.plots import panels
 
-    target, scanner = _trained(options)
+    if sum(map(bool, (options.decoder, options.scouter, options.model))) != 1:
+        raise ValueError("--decoder, --scouter or --model: one of them says what to explain")
+    if options.method and options.method not in METHODS:
+        raise ValueError(f"--method {options.method}: not known; there are {', '.join(METHODS)}")
+    if options.decoder and not options.method:
+        rows, titles, names = _by_scan(options)
+    elif options.scouter and not options.method:
+        rows, titles, names = _by_scouter(options)
+    elif options.method:
+        rows, titles, names = _by_method(options)
+    else:
+        raise ValueError("--model: give a --method too, or a --decoder")
+    figure = panels(rows, titles, names, size=2.2)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out, dpi=120)
+    for path, name in zip(options.images, names, strict=True):
+        print(f"{path}: {name}".replace("\n", "; "))
+    print(f"{options.out}: {len(rows)} explained")
 
-    images = torch.stack([read_image(path, scanner.image_size[0]) for path in options.images])
-    target_class = _class_number(options.target, target.classes)
-    confidence, reconstruction = scanner(images, target_class, options.percentile)
-    with torch.no_grad():
-        probabilities = target.model(target.preprocess(images.to(scanner.device))).softmax(1).cpu()
+
+def _read(options, size: int) -> torch.Tensor:
+    return torch.stack([read_image(path, size) for path in options.images])
+
+
+def _named(model, preprocess, images, target_class: int | None, classes: list[str]) -> list[str]:
+    """Of each picture the class that is explained, and its probability."""
+    with torch.no_grad(), evaluating(model):
+        probabilities = logits_of(model(prepared(model, preprocess, images))).softmax(1).cpu()
     shown = probabilities.argmax(1) if target_class is None else torch.full((len(images),), target_class)
+    return [f"{classes[c]} {probabilities[i, c]:.2f}" for i, c in enumerate(shown.tolist())]
+
+
+def _by_scan(options):
+    target, scanner = _trained(options)
+    images, target_class = _read(options, scanner.image_size[0]), _class_number(options.target, target.classes)
+    confidence, reconstruction = scanner(images, target_class, options.percentile)
     rows = [
         [image, heat, overlay(image, heat), rebuilt]
         for image, heat, rebuilt in zip(images, confidence, reconstruction, strict=True)
     ]
-    names = [f"{target.classes[c]} {probabilities[i, c]:.2f}" for i, c in enumerate(shown.tolist())]
-    figure = panels(rows, ["picture", f"confidence, P = {options.percentile:g}", "overlay", "reconstruction"], names, size=2.2)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out, dpi=120)
-    for path, name in zip(options.images, names, strict=True):
-        print(f"{path}: {name}")
-    print(f"{options.out}: {len(rows)} explained")
+    names = _named(target.model, target.preprocess, images, target_class, target.classes)
+    return rows, ["picture", f"confidence, P = {options.percentile:g}", "overlay", "reconstruction"], names
+
+
+def _by_scouter(options):
+    model, recipe = load_trained(options.scouter)
+    if not isinstance(model, Scouter):
+        raise ValueError(f"--scouter {options.scouter} is a base without slots; give a --method, as GradCAM")
+    images = _read(options, recipe.image_size)
+    return cli_scouter.explained(model.to(_device(options)), images, _class_number(options.target, model.classes), model.classes)
+
+
+def _by_method(options):
+    if options.scouter:
+        trained, recipe = load_trained(options.scouter)
+        model, preprocess, classes, size = cli_scouter.base_of(trained), trained.preprocess, trained.classes, recipe.image_size
+    else:
+        target = _trained(options)[0] if options.decoder else load_target(options.model, _weights(options.weights or "DEFAULT"))
+        model, preprocess, classes, size = target.model, target.preprocess, target.classes, target.image_size[0]
+    images, target_class = _read(options, size), _class_number(options.target, classes)
+    place = {"target_layer": options.layer} if options.layer else {}
+    maps = METHODS[options.method](model.to(_device(options)), preprocess=preprocess, **place)(images, target_class).cpu()
+    rows = [[image, heat, overlay(image, heat)] for image, heat in zip(images, maps, strict=True)]
+    return rows, ["picture", options.method, "overlay"], _named(model, preprocess, images, target_class, classes)
+
+
+def _device(options) -> torch.device:
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _trained(options) -> tuple[Target, SCAN]:
@@ -233,7 +303,7 @@ def compare_command(options) -> None:
     else:
         target = load_target(options.model, _weights(options.weights or "DEFAULT"))
         size = target.image_size
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(options)
     target.model.to(device)
     explainers |= {name: METHODS[name](target.model, preprocess=target.preprocess) for name in options.methods}
     if options.data == "signs":

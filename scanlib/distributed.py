@@ -24,6 +24,11 @@ def together() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def count() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if together() else 1
+
+
 def is_first() -> bool:
     """Is this the process that speaks and writes? True of a single one."""
     return not together() or dist.get_rank() == 0

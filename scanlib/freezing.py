@@ -13,17 +13,17 @@ HEADS = ("classifier", "aux_classifier", "head", "heads", "fc", "AuxLogits", "au
 
 def stages(model: nn.Module) -> list[str]:
     """Names of a model's stages, front to back: the numbered siblings with the most parameters, heads left out, as layer1 ...
-    layer4, features.0 ..., encoder.layers.encoder_layer_0 ..."""
+    layer4, features.0 ..., encoder.layers.encoder_layer_0 ..., inception3a ..."""
     families: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():
-        if (numbered := re.fullmatch(r"(|.*\D)\d+", name)) and name.split(".")[0] not in HEADS:
+        if (numbered := re.fullmatch(r"(|.*\D)\d+[a-z]?", name)) and name.split(".")[0] not in HEADS:
             families.setdefault(numbered[1], {})[name] = sum(p.numel() for p in module.parameters())
     sizes = max(families.values(), key=lambda sizes: sum(sizes.values()), default={})
     return [name for name, size in sizes.items() if size]
 
 
 class Frozen(nn.Module):
-    """A model with its stem, all in front of the first stage, and its first ``count`` stages frozen; 0 freezes nothing.
+    """A model with its first ``count`` stages frozen, and all in front of them and between them; 0 freezes nothing.
 
     Raises ValueError for more stages than there are.
     """
@@ -34,17 +34,22 @@ class Frozen(nn.Module):
         if not 0 <= count <= len(names):
             raise ValueError(f"freeze {count} is out of range: the backbone has {len(names)} stages, {', '.join(names)}")
         self.model = model
-        self._frozen = list(self._front(names, count)) if count else []
-        for module in self._frozen:
+        front = set(self._front(names[count - 1])) if count else set()
+        # what is around trained parts too keeps its mode: its own forward may drop out
+        self._frozen = [module for module in front if front.issuperset(module.modules())]
+        for module in front:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
+        for module in self._frozen:
+            module.training = False
 
-    def _front(self, names: list[str], count: int) -> Iterator[nn.Module]:
-        stem = True
+    def _front(self, last: str) -> Iterator[nn.Module]:
+        end = [name for name, _ in self.model.named_modules() if f"{name}.".startswith(f"{last}.")][-1]
         for name, module in self.model.named_modules():
-            stem = stem and name != names[0]
-            if stem or any(f"{name}.".startswith(f"{stage}.") for stage in names[:count]):
+            if name.split(".")[0] not in HEADS:
                 yield module  # those around a stage too: they hold loose parameters, as class token and position code
+            if name == end:
+                return
 
     def train(self, mode: bool = True) -> "Frozen":
         """As any module's, but that frozen parts stay in eval mode."""

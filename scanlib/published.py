@@ -52,7 +52,7 @@ def _pictures_of(root: Path, classes: Sequence[str]) -> tuple[list[Path], list[i
         (path, label)
         for label, name in enumerate(classes)
         for path in sorted((root / name).iterdir() if (root / name).is_dir() else ())
-        if path.suffix.lower() in EXTENSIONS
+        if path.suffix.lower() in EXTENSIONS and path.name[0] != "."
     ]
     if not found:
         raise FileNotFoundError(f"no pictures in {root / classes[0]} and the {len(classes) - 1} folders beside it")
@@ -134,10 +134,10 @@ class CUB200(_Pictures):
 
     def __init__(self, root: str | os.PathLike, train: bool = True, size: int = 260, classes: int = 25, *, boxes: bool = False):
         root = Path(root)
-        missing = [name for name in self.LISTS if not (root / f"{name}.txt").is_file()]
+        missing = [name for name in (*(f"{name}.txt" for name in self.LISTS), "images") if not (root / name).exists()]
         if missing:
             raise FileNotFoundError(
-                f"no {missing[0]}.txt in {root}; it must be CUB_200_2011, unpacked from CUB_200_2011.tgz, which Caltech publishes"
+                f"no {missing[0]} in {root}; it must be CUB_200_2011, unpacked from CUB_200_2011.tgz, which Caltech publishes"
             )
         lists = {name: [line.split() for line in (root / f"{name}.txt").read_text().splitlines() if line] for name in self.LISTS}
         paths, of, split = ({row[0]: row[1] for row in lists[name]} for name in self.LISTS[:3])

@@ -249,7 +249,7 @@ class SlotMaps(Explainer):
     """
 
     def __call__(self, images: Tensor, target: Target = None, normalize: bool = True) -> Tensor:
-        with torch.no_grad(), evaluating(self.model):
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model):
             inputs = self._inputs(images)
             if not len(images):
                 return torch.zeros(0, *images.shape[2:], device=images.device)
@@ -295,13 +295,13 @@ def scouter_step(
         images, labels = batch[0].to(device), batch[1].to(device)
         slots = scouter.look(images) if encoded else scouter.attend(scouter.preprocess(images))
         if training:
-            spread = slots.logits.detach()
-            still = still + 1 if float((spread.amax(1) - spread.amin(1)).amax()) < 0.01 else 0
+            logits = slots.logits.detach()
+            still = still + 1 if float((logits.amax(1) - logits.amin(1)).amax()) < 0.01 else 0
             if still >= patience:
+                area = float(slots.attention.detach().mean())
                 raise FloatingPointError(
-                    f"the slots died: for {still} steps all classes had the same logit, at a mean attention of "
-                    f"{float(slots.attention.mean()):.1g}; start from a backbone trained with its own head, or take lam below "
-                    f"{lam:g} or a smaller learning rate"
+                    f"the slots died: for {still} steps all classes had the same logit, at a mean attention of {area:.1g}; start "
+                    f"from a backbone trained with its own head, or take lam below {lam:g} or a smaller learning rate"
                 )
         return scouter_loss(*slots, labels, lam, power), slots, labels
 

@@ -19,7 +19,7 @@ from scanlib import published
 from scanlib.backbones import classifier
 from scanlib.checkpoint import load_checkpoint, save_checkpoint
 from scanlib.data import PhotoFolder, Signs
-from scanlib.distributed import is_first, shared
+from scanlib.distributed import count, is_first, shared
 from scanlib.feature_cache import FeatureCache
 from scanlib.freezing import Frozen
 from scanlib.scouter import Area, LogitRange, OwnArea, Scouter, scouter_step
@@ -28,6 +28,7 @@ from scanlib.trainer import Accuracy, Trainer, classifier_step
 DATA = {"mnist": published.MNIST, "context": published.ConText, "cub200": published.CUB200, "imagenet": published.ImageNetSubset}
 CACHE_BYTES = 2e9  # a frozen backbone's features are kept when they need no more
 HEADS = {"base": 0, "positive": 1, "negative": -1}
+SCHEDULES = ("step", "one-cycle")
 
 
 def _option(default, about: str):
@@ -62,6 +63,14 @@ class Recipe:
     schedule: str = _option("step", "step: a tenth every 70 epochs; one-cycle: up and down once")
     amp: bool = _option(False, "bfloat16 autocast")
     seed: int = _option(0, "of weights, order and augmentation")
+
+    def __post_init__(self):
+        for name, known in (("head", tuple(HEADS)), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not known; take {' or '.join(known)}")
+        for name in ("classes", "epochs", "batch_size", "image_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is no count; give 1 or more")
 
 
 _MNIST = Recipe(data="mnist", augment=False, epochs=10)
@@ -132,8 +141,6 @@ class Augmented(Dataset):
 
 def build(recipe: Recipe, classes: int) -> Frozen | Scouter:
     """The model to train: a classifier with a linear head, or a Scouter on its backbone. ``.preprocess`` comes with it."""
-    if recipe.head not in HEADS:
-        raise ValueError(f"head {recipe.head!r} is not known; take one of {', '.join(HEADS)}")
     if recipe.head == "base":
         base = classifier(recipe.backbone, classes, recipe.weights, recipe.image_size)
         model = Frozen(base.model, recipe.freeze)
@@ -161,19 +168,13 @@ def train(recipe: Recipe, out: str | Path, device=None, workers: int = 0, verbos
 
     Raises FileNotFoundError for data or weights that are not there, FloatingPointError when the slots die.
     """
-    if recipe.schedule not in ("step", "one-cycle"):
-        raise ValueError(f"schedule {recipe.schedule!r} is not known; take step or one-cycle")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(recipe.seed)
     data, test, names = pictures(recipe)
     model = build(recipe, len(names)).to(device)
     slots = recipe.head != "base"
     frozen = slots and not recipe.augment and not any(p.requires_grad for p in model.backbone.parameters())
-    loaders = [
-        DataLoader(Augmented(data) if recipe.augment else data, recipe.batch_size, shuffle=True, num_workers=workers),
-        DataLoader(test, recipe.batch_size, num_workers=workers),
-    ]
-    loaders = [shared(loader) for loader in loaders]
+    loaders = [shared(loader) for loader in _loaders(recipe, data, test, workers)]
     if encoded := frozen and _fits(model, data, test):
         encode = torch.no_grad()(
             lambda batch: (model.eval().features(model.preprocess(batch[0].to(device))), batch[1].to(device))
@@ -209,6 +210,14 @@ def train(recipe: Recipe, out: str | Path, device=None, workers: int = 0, verbos
         save_trained(model, recipe, names, out)
         run.unlink(missing_ok=True)
     return model.eval(), history
+
+
+def _loaders(recipe: Recipe, data: Dataset, test: Dataset, workers: int) -> tuple[DataLoader, DataLoader]:
+    size = recipe.batch_size
+    lonely = len(data) % size < 2 * count()  # what is left at the end is too little for a batch norm
+    changed = Augmented(data) if recipe.augment else data
+    train = DataLoader(changed, size, shuffle=True, num_workers=workers, drop_last=lonely and len(data) > size)
+    return train, DataLoader(test, size, num_workers=workers)
 
 
 @torch.no_grad()

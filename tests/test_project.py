@@ -45,12 +45,26 @@ def test_version_and_citation():
 
 def test_a_file_imports_only_from_the_floors_below():
     floors = [
-        {"checkpoint", "hooks", "loss", "decoders", "maps", "masking", "randomness", "signs", "photos", "plots", "targets"},
-        {"data", "explainer", "formulas", "tail", "localisation", "quality"},
+        {
+            "checkpoint",
+            "hooks",
+            "loss",
+            "decoders",
+            "maps",
+            "masking",
+            "randomness",
+            "signs",
+            "photos",
+            "plots",
+            "targets",
+            "freezing",
+            "distributed",
+        },
+        {"data", "explainer", "formulas", "tail", "localisation", "quality", "published"},
         {"attention", "models", "removal", "sanity", "feature_cache", "trainer"},
-        {"cams", "factorization", "fullgrad", "confidence", "road", "stability"},
-        {"perturbation", "scan", "metrics"},
-        {"comparison"},
+        {"cams", "factorization", "fullgrad", "confidence", "road", "stability", "backbones", "scouter"},
+        {"perturbation", "scan", "metrics", "scouter_recipes"},
+        {"comparison", "cli_scouter"},
         {"cli"},
         {"__main__", "__init__"},
     ]

@@ -1,0 +1,106 @@
+"""The command line of SCOUTER: every field of a ``Recipe`` is an option, presets have names, commas make a sweep.
+
+python -m scanlib train scouter --preset mnist-base --out base.pt
+python -m scanlib train scouter --preset mnist-positive --start base.pt --out positive.pt
+python -m scanlib train scouter --preset signs-positive --lam 0,1,10 --slots 1,3 --out sweep.pt     # six runs and a table
+torchrun --nproc-per-node 4 -m scanlib train scouter --preset cub200-base --out base.pt             # on four devices
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from scanlib.distributed import is_first, processes
+from scanlib.explainer import prepared
+from scanlib.plots import overlay
+from scanlib.scouter import Scouter
+from scanlib.scouter_recipes import FROM_BASE, PRESETS, Recipe, sweep, train
+
+SWEPT = ("lam", "power", "slots", "classes")
+
+
+def _several(kind):
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """One option a field; what is not given comes from the preset, or from the recipe's defaults."""
+    parser.add_argument("--preset", choices=PRESETS, help="a run of the paper's code, or one of those that ship")
+    parser.add_argument("--out", required=True, type=Path, help="where the model goes; a killed run goes on from OUT.run")
+    for entry in fields(Recipe):
+        name, kind, about = f"--{entry.name.replace('_', '-')}", type(entry.default), entry.metadata["help"]
+        text = f"{about} (default: {entry.default})"
+        if kind is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif entry.name in SWEPT:
+            parser.add_argument(
+                name, type=_several(kind), metavar=f"{entry.name.upper()}[,...]", help=f"{text}; several: a sweep"
+            )
+        else:
+            parser.add_argument(name, type=str if entry.default is None else kind, help=text)
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    parser.add_argument("--device", help="cpu, cuda, mps; left out, cuda if there is one")
+
+
+def recipes(options: argparse.Namespace) -> list[Recipe]:
+    """What the options ask for, one recipe a run."""
+    given = {entry.name: getattr(options, entry.name) for entry in fields(Recipe) if getattr(options, entry.name) is not None}
+    swept = {name: given.pop(name) for name in SWEPT if name in given}
+    if str(given.get("weights", "")).lower() == "none":
+        given["weights"] = None
+    start = replace(PRESETS[options.preset] if options.preset else Recipe(), **given)
+    if options.preset in FROM_BASE and not start.start:
+        base = f"{options.preset.split('-')[0]}-base"
+        raise ValueError(f"--preset {options.preset} starts from a base: train --preset {base} first, then give it as --start")
+    return sweep(start, **swept)
+
+
+def train_command(options: argparse.Namespace) -> None:
+    """Train each recipe; of a sweep, write a table of what came of it beside the models."""
+    if options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder; give the file to write, as {options.out / 'scouter.pt'}")
+    runs, rows = recipes(options), []
+    several = [name for name in SWEPT if len({getattr(run, name) for run in runs}) > 1]
+    with processes():
+        for run in runs:
+            tag = "".join(f"-{name}{getattr(run, name):g}" for name in several)
+            out = options.out.with_name(f"{options.out.stem}{tag}{options.out.suffix}")
+            _, history = train(run, out, options.device, options.workers)
+            found = {name: values[-1] for name, values in history.items() if name.startswith("val_")}
+            rows.append([f"{getattr(run, name):g}" for name in several] + [f"{value:.4f}" for value in found.values()])
+            if is_first():
+                accuracy = f"accuracy {found['val_Accuracy']:.3f} on the test pictures"
+                print(f"{out}: {run.head} of {run.backbone} on {run.data}, {accuracy}")
+        if several and is_first():
+            table = [[*several, *(name.removeprefix("val_") for name in found)], ["---"] * len(rows[0]), *rows]
+            text = "\n".join(f"| {' | '.join(row)} |" for row in table)
+            options.out.with_suffix(".md").write_text(f"{text}\n\nTest pictures, seed {runs[0].seed}.\n", "utf-8")
+            print(text)
+
+
+def explained(scouter: Scouter, images: Tensor, target: int | None, names: Sequence[str]):
+    """Rows of a figure, its column and its row titles: each picture's predicted class and the one with the lowest logit, or the
+    target."""
+    with torch.no_grad():
+        slots = scouter.attend(prepared(scouter, scouter.preprocess, images))
+    logits, areas, maps = slots.logits.cpu(), slots.attention.mean((2, 3, 4)).cpu(), scouter.heat_maps(images)
+    side = "for" if scouter.sign > 0 else "against"
+    if target is None:
+        shown, titles = [logits.argmax(1), logits.argmin(1)], [f"{side} the highest logit", f"{side} the lowest"]
+    else:
+        shown, titles = [torch.full((len(images),), target)], [f"{side} {names[target]}"]
+    rows, said = [], []
+    for i, image in enumerate(images):
+        classes = [int(chosen[i]) for chosen in shown]
+        rows.append([image, *(panel for c in classes for panel in (maps[i, c], overlay(image, maps[i, c])))])
+        said.append("\n".join(f"{names[c]} {logits[i, c]:.1f}, area {areas[i, c]:.3f}" for c in classes))
+    return rows, ["picture", *(text for title in titles for text in (title, "overlay"))], said
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The plain classifier in what ``load_trained`` gave; a Scouter is its own."""
+    return model if isinstance(model, Scouter) else model.model
