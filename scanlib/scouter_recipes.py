@@ -9,6 +9,7 @@ Presets follow the commands of the released code (github.com/wbw520/scouter, REA
 
 import itertools
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ class Recipe:
 
     data: str = _option("signs", f"signs, {', '.join(DATA)}, or a folder with one folder a class")
     folder: str = _option("data/downloads", "where a published data set lies")
+    scenes: int = _option(3000, "of signs, to train on")
     classes: int = _option(10, "of a published data set, the first so many")
     backbone: str = _option("resnet18", "signs_cnn, any torchvision classifier, or one of timm's, as resnest26d")
     weights: str | None = _option("DEFAULT", "the backbone's: a state dict's path, DEFAULT, or none")
@@ -68,7 +70,7 @@ class Recipe:
         for name, known in (("head", tuple(HEADS)), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known; take {' or '.join(known)}")
-        for name in ("classes", "epochs", "batch_size", "image_size"):
+        for name in ("scenes", "classes", "epochs", "batch_size", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is no count; give 1 or more")
 
@@ -104,7 +106,7 @@ FROM_BASE = {name for name in PRESETS if name.split("-")[0] in ("context", "cub2
 def pictures(recipe: Recipe) -> tuple[Dataset, Dataset, list[str]]:
     """Training and test pictures, and the classes' names. A folder of pictures is split four to one by the seed."""
     if recipe.data == "signs":
-        train, test = (_drawn(Signs(count, recipe.image_size, seed)) for count, seed in ((3000, 0), (500, 1)))
+        train, test = _drawn(recipe.scenes, recipe.image_size, 0), _drawn(500, recipe.image_size, 1)
         return train, test, list(Signs.classes)
     if recipe.data in DATA:
         made = [DATA[recipe.data](recipe.folder, train, recipe.image_size, recipe.classes) for train in (True, False)]
@@ -115,8 +117,12 @@ def pictures(recipe: Recipe) -> tuple[Dataset, Dataset, list[str]]:
     return train, test, folder.classes
 
 
-def _drawn(scenes: Signs) -> TensorDataset:
-    """Every scene drawn once."""
+@lru_cache(maxsize=2)
+def _drawn(count: int, size: int, seed: int) -> Dataset:
+    """Scenes, drawn once for all runs where they are small."""
+    scenes = Signs(count, size, seed)
+    if count * size**2 > 3e7:
+        return scenes
     images, labels = zip(*scenes, strict=True)
     return TensorDataset(torch.stack(images), torch.tensor(labels))
 
@@ -176,10 +182,7 @@ def train(recipe: Recipe, out: str | Path, device=None, workers: int = 0, verbos
     frozen = slots and not recipe.augment and not any(p.requires_grad for p in model.backbone.parameters())
     loaders = [shared(loader) for loader in _loaders(recipe, data, test, workers)]
     if encoded := frozen and _fits(model, data, test):
-        encode = torch.no_grad()(
-            lambda batch: (model.eval().features(model.preprocess(batch[0].to(device))), batch[1].to(device))
-        )
-        loaders = [FeatureCache.filled(loader, encode, recipe.seed, device, verbose) for loader in loaders]
+        loaders = [FeatureCache.filled(loader, partial(_encoded, model), recipe.seed, device, verbose) for loader in loaders]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, recipe.learning_rate)
     if recipe.schedule == "step":

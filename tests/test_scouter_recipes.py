@@ -101,14 +101,8 @@ def test_a_scouter_starts_from_its_base(trees, tmp_path):
         load_scouter(tmp_path / "other.pt")
 
 
-def small_signs(monkeypatch, count=60):
-    real = recipes._drawn
-    monkeypatch.setattr(recipes, "_drawn", lambda scenes: real(Signs(count, scenes.size, scenes.seed)))
-
-
 def test_cached_features_change_nothing(tmp_path, monkeypatch):
-    small_signs(monkeypatch)
-    recipe = replace(PRESETS["signs-positive"], epochs=2)
+    recipe = replace(PRESETS["signs-positive"], scenes=60, epochs=2)
     _, history = train(recipe, tmp_path / "a.pt", "cpu", verbose=False)
     monkeypatch.setattr(recipes, "CACHE_BYTES", 0)
     plain, other = train(recipe, tmp_path / "b.pt", "cpu", verbose=False)
@@ -119,8 +113,7 @@ def test_cached_features_change_nothing(tmp_path, monkeypatch):
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
-    small_signs(monkeypatch)
-    recipe = replace(PRESETS["signs-negative"], epochs=2)
+    recipe = replace(PRESETS["signs-negative"], scenes=60, epochs=2)
     whole, history = train(recipe, tmp_path / "a.pt", "cpu", verbose=False)
     real, seen = recipes.Trainer._finish_epoch, []
 
@@ -140,10 +133,10 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
         assert torch.equal(value, resumed.state_dict()[name])
 
 
-def test_a_last_batch_of_one_picture_is_left_out(tmp_path, monkeypatch):
-    small_signs(monkeypatch, 33)  # 16, 16 and 1: ResNeSt's batch norms of pooled features need two
+def test_a_last_batch_of_one_picture_is_left_out(tmp_path):
+    # 16, 16 and 1: ResNeSt's batch norms of pooled features need two
     pytest.importorskip("timm")
-    recipe = Recipe(**SMALL, backbone="resnest26d", freeze=0)
+    recipe = Recipe(**SMALL, backbone="resnest26d", freeze=0, scenes=33)
     assert len(train(recipe, tmp_path / "m.pt", "cpu", verbose=False)[1]["loss"]) == 1
 
 
@@ -184,10 +177,9 @@ def test_bad_recipes():
 # --- the command line ---
 
 
-def test_train_and_explain_on_the_command_line(tmp_path, monkeypatch, capsys):
-    small_signs(monkeypatch)
+def test_train_and_explain_on_the_command_line(tmp_path, capsys):
     out = tmp_path / "s.pt"
-    main(f"train scouter --preset signs-negative --epochs 1 --lam 0,10 --slots 1,2 --seed 3 --out {out}".split())
+    main(f"train scouter --preset signs-negative --epochs 1 --scenes 60 --lam 0,10 --slots 1,2 --seed 3 --out {out}".split())
     said = capsys.readouterr().out
     names = [f"s-lam{lam}-slots{slots}.pt" for lam in (0, 10) for slots in (1, 2)]
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == sorted(names)
