@@ -244,10 +244,11 @@ def compare(
         "centre prior": lambda pictures, _: centre_maps(len(pictures), size).to(pictures.device),
     }
     found = Comparison({}, {name: way for name, (way, _) in metrics.items()}, {}, {}, seed=seed)
-    whose, kept = "predicted class" if target is None else "class given", ", ".join(f"{p:g}" for p in percentiles)
+    whose = "predicted class" if target is None else "class given"
     removed = f"patches of {patch} px in {steps} steps, fill {getattr(fill, '__name__', 'of your own')}"
     spread = f"seed {seed}, {time.strftime('%Y-%m-%d')}; ± is half the bootstrap 95 % interval over the pictures"
-    found.note = f"{len(images)} pictures, {whose}; removed: {removed}; ROAD keeps {kept} %; {spread}."
+    kept = f"ROAD keeps {', '.join(f'{p:g}' for p in percentiles)} %; " if any("ROAD" in name for name in metrics) else ""
+    found.note = f"{len(images)} pictures, {whose}; removed: {removed}; {kept}{spread}."
     with evaluating(model):
         classes = _classes(model, preprocess, images, target, parts)
         score = class_score(model, preprocess, classes)

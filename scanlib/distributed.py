@@ -127,3 +127,13 @@ def wait() -> None:
     """Until all are here."""
     if together():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def first_first():
+    """Inside, the first process goes ahead and the others follow: what it downloads, they find."""
+    if not is_first():
+        wait()
+    yield
+    if is_first():
+        wait()

@@ -20,7 +20,7 @@ from scanlib import published
 from scanlib.backbones import classifier
 from scanlib.checkpoint import load_checkpoint, save_checkpoint
 from scanlib.data import PhotoFolder, Signs
-from scanlib.distributed import count, is_first, shared
+from scanlib.distributed import count, first_first, is_first, shared, together
 from scanlib.feature_cache import FeatureCache
 from scanlib.freezing import Frozen
 from scanlib.scouter import Area, LogitRange, OwnArea, Scouter, scouter_step
@@ -176,10 +176,11 @@ def train(recipe: Recipe, out: str | Path, device=None, workers: int = 0, verbos
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(recipe.seed)
-    data, test, names = pictures(recipe)
-    model = build(recipe, len(names)).to(device)
+    with first_first():
+        data, test, names = pictures(recipe)
+        model = build(recipe, len(names)).to(device)
     slots = recipe.head != "base"
-    frozen = slots and not recipe.augment and not any(p.requires_grad for p in model.backbone.parameters())
+    frozen = slots and not recipe.augment and not together() and not any(p.requires_grad for p in model.backbone.parameters())
     loaders = [shared(loader) for loader in _loaders(recipe, data, test, workers)]
     if encoded := frozen and _fits(model, data, test):
         loaders = [FeatureCache.filled(loader, partial(_encoded, model), recipe.seed, device, verbose) for loader in loaders]

@@ -38,6 +38,9 @@ def test_every_figure_is_that_of_the_metric_itself(scene):
     assert found.values["random"]["sensitivity"].min() > 0.5
     assert found.milliseconds["Grad-CAM"] > 0 and "random" not in found.milliseconds
     assert not model.training and all(p.grad is None for p in model.parameters())
+    assert "ROAD keeps 10, 20" in found.note
+    few = compare(model, images, {"Grad-CAM": explainer}, ["deletion"], progress=False)
+    assert "ROAD" not in few.note and "patches of" in few.note
 
 
 def test_intervals_wins_and_leaders_by_hand(scene):
