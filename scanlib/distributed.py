@@ -120,7 +120,7 @@ def same_start(tensors: list[Tensor]) -> None:
     """Everyone's tensors become the first process's."""
     if together():
         for tensor in tensors:
-            dist.broadcast(tensor, 0)
+            dist.broadcast(tensor.detach(), 0)
 
 
 def wait() -> None:
