@@ -1,4 +1,4 @@
-"""Train what ships in data/checkpoints, from nothing: the Signs classifiers and their SCAN decoders.
+"""Train what ships in data/checkpoints, from nothing: the Signs classifiers, their SCAN decoders, and a SCOUTER of either sign.
 
 python data/make_checkpoints.py                 # all, about 12 minutes on 2 CPU cores
 python data/make_checkpoints.py signs_cnn       # one of them
@@ -69,8 +69,8 @@ def train_decoder(name: str, alpha: float, epochs: int, batch_size: int, learnin
 
 def train_scouter(head: str) -> None:
     path, recipe = CHECKPOINTS / f"signs_scouter_{head}.pt", PRESETS[f"signs-{head}"]
-    model, _ = train(recipe, path, "cpu")
-    save_trained(model, recipe, Signs.classes, path, half=True)
+    model, history = train(recipe, path, "cpu")
+    save_trained(model, recipe, Signs.classes, path, {name: values[-1] for name, values in history.items()}, half=True)
 
 
 RECIPES = {

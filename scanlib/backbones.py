@@ -29,7 +29,11 @@ def classifier(name: str, classes: int, weights: str | None = "DEFAULT", image_s
             model.aux_logits = False
             for child in [name for name, _ in model.named_children() if name.lower().startswith("aux")]:
                 setattr(model, child, None)
+        if hasattr(model, "transform_input"):  # of the same two: always, so that a model built anew is the same function
+            model.transform_input = True
         size = (image_size, image_size) if image_size else target.image_size
+        if getattr(model, "image_size", size[0]) != size[0]:  # torchvision's vision transformers
+            raise ValueError(f"image_size {size[0]} does not fit {name}: it takes {model.image_size} px only")
         return Target(model, target.preprocess, target.layer, [str(c) for c in range(classes)], size)
     return _from_timm(name, classes, weights, image_size)
 
@@ -76,5 +80,8 @@ def _from_timm(name: str, classes: int, weights: str | None, image_size: int | N
             model.reset_classifier(classes)
     normal = Normalize(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     size = (image_size, image_size) if image_size else tuple(model.pretrained_cfg["input_size"][1:])
-    layer = default_layer(model, size)
+    try:
+        layer = default_layer(model, size)
+    except AssertionError as error:
+        raise ValueError(f"image_size {size[0]} does not fit {name}: {error}") from error
     return Target(model.eval(), normal, layer, [str(c) for c in range(classes)], size)

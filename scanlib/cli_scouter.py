@@ -18,9 +18,10 @@ from scanlib.distributed import is_first, processes
 from scanlib.explainer import prepared
 from scanlib.plots import overlay
 from scanlib.scouter import Scouter
-from scanlib.scouter_recipes import FROM_BASE, PRESETS, Recipe, sweep, train
+from scanlib.scouter_recipes import FROM_BASE, PRESETS, Recipe, finished, sweep, train
 
 SWEPT = ("lam", "power", "slots", "classes")
+FIGURES = ("loss", "Accuracy", "Area", "OwnArea", "LogitRange")
 
 
 def _several(kind):
@@ -38,7 +39,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif entry.name in SWEPT:
             parser.add_argument(
-                name, type=_several(kind), metavar=f"{entry.name.upper()}[,...]", help=f"{text}; several: a sweep"
+                name,
+                type=_several(int if entry.name in ("slots", "classes") else float),
+                metavar=f"{entry.name.upper()}[,...]",
+                help=f"{text}; several: a sweep",
             )
         else:
             parser.add_argument(name, type=str if entry.default is None else kind, help=text)
@@ -50,8 +54,8 @@ def recipes(options: argparse.Namespace) -> list[Recipe]:
     """What the options ask for, one recipe a run."""
     given = {entry.name: getattr(options, entry.name) for entry in fields(Recipe) if getattr(options, entry.name) is not None}
     swept = {name: given.pop(name) for name in SWEPT if name in given}
-    if str(given.get("weights", "")).lower() == "none":
-        given["weights"] = None
+    if "weights" in given:
+        given["weights"] = {"none": None, "default": "DEFAULT"}.get(given["weights"].lower(), given["weights"])
     start = replace(PRESETS[options.preset] if options.preset else Recipe(), **given)
     if options.preset in FROM_BASE and not start.start:
         base = f"{options.preset.split('-')[0]}-base"
@@ -60,26 +64,41 @@ def recipes(options: argparse.Namespace) -> list[Recipe]:
 
 
 def train_command(options: argparse.Namespace) -> None:
-    """Train each recipe; of a sweep, write a table of what came of it beside the models."""
+    """Train each recipe that is not done already; of a sweep, write a table of what came of it beside the models, run by run."""
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder; give the file to write, as {options.out / 'scouter.pt'}")
-    runs, rows = recipes(options), []
+    runs = recipes(options)
     several = [name for name in SWEPT if len({getattr(run, name) for run in runs}) > 1]
+    table = [[*several, *FIGURES], ["---"] * (len(several) + len(FIGURES))]
     with processes():
         for run in runs:
             tag = "".join(f"-{name}{getattr(run, name):g}" for name in several)
             out = options.out.with_name(f"{options.out.stem}{tag}{options.out.suffix}")
+            figures = _trained(run, out, options, go_on=bool(several))
+            row = [f"{figures[f'val_{name}']:.4f}" if f"val_{name}" in figures else "-" for name in FIGURES]
+            table.append([f"{getattr(run, name):g}" for name in several] + row)
+            if several and is_first():
+                text = "\n".join(f"| {' | '.join(row)} |" for row in table)
+                options.out.with_suffix(".md").write_text(f"{text}\n\nTest pictures, seed {run.seed}.\n", "utf-8")
+    if several and is_first():
+        print(text)
+
+
+def _trained(run: Recipe, out: Path, options: argparse.Namespace, go_on: bool) -> dict[str, float]:
+    """A run's last figures; those of one that died are none, where others follow."""
+    found = finished(run, out)
+    if found is None:
+        try:
             _, history = train(run, out, options.device, options.workers)
-            found = {name: values[-1] for name, values in history.items() if name.startswith("val_")}
-            rows.append([f"{getattr(run, name):g}" for name in several] + [f"{value:.4f}" for value in found.values()])
-            if is_first():
-                accuracy = f"accuracy {found['val_Accuracy']:.3f} on the test pictures"
-                print(f"{out}: {run.head} of {run.backbone} on {run.data}, {accuracy}")
-        if several and is_first():
-            table = [[*several, *(name.removeprefix("val_") for name in found)], ["---"] * len(rows[0]), *rows]
-            text = "\n".join(f"| {' | '.join(row)} |" for row in table)
-            options.out.with_suffix(".md").write_text(f"{text}\n\nTest pictures, seed {runs[0].seed}.\n", "utf-8")
-            print(text)
+        except FloatingPointError as error:
+            if not go_on:
+                raise
+            print(f"{out}: {error}")
+            return {}
+        found = {name: values[-1] for name, values in history.items()}
+    if is_first():
+        print(f"{out}: {run.head} of {run.backbone} on {run.data}, accuracy {found['val_Accuracy']:.3f} on the test pictures")
+    return found
 
 
 def explained(scouter: Scouter, images: Tensor, target: int | None, names: Sequence[str]):

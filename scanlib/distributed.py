@@ -5,9 +5,10 @@ torchrun --nproc-per-node 4 -m scanlib train scouter ...
     with processes():                                   # joins the others, where torchrun started this one
         trainer.fit(shared(loader), epochs=2)           # the Trainer does the rest
 
-A step's gradient is that of the whole batch, whatever the shares: each process weighs its own by the pictures it had. So one
-process and several walk the same way, but for batch norms, which see the pictures of their own process only; their statistics
-are averaged at each epoch's end.
+A step's gradient is that of the whole batch, whatever the shares: each process weighs its own by the pictures it had. So for a
+loss that is a mean over pictures one process and several walk the same way. Three things see the pictures of their own process
+only: batch norms, whose statistics are averaged at each epoch's end; losses that are no such mean, as an area to a power; and
+draws, as of augmentation or dropout, which repeat from process to process.
 """
 
 import contextlib
@@ -42,12 +43,10 @@ def processes():
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield
-    finally:
-        if started:
-            dist.destroy_process_group()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo")
+    yield
+    if started:  # not after an error: the others would be waited for, and torchrun ends them
+        dist.destroy_process_group()
 
 
 class _Share:
@@ -99,6 +98,9 @@ def sum_gradients(model: nn.Module, weight: float) -> None:
     if not together():
         return
     trained = [p for p in model.parameters() if p.requires_grad]
+    used = torch.tensor([p.grad is not None for p in trained], dtype=torch.float32, device=trained[0].device)
+    dist.all_reduce(used)
+    trained = [p for p, by in zip(trained, used.tolist(), strict=True) if by]  # what nobody used keeps its None
     parts = [torch.zeros_like(p) if p.grad is None else p.grad * weight for p in trained]
     flat = torch.cat([part.reshape(-1) for part in parts])
     dist.all_reduce(flat)
@@ -126,7 +128,7 @@ def same_start(tensors: list[Tensor]) -> None:
 def wait() -> None:
     """Until all are here."""
     if together():
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))
 
 
 @contextlib.contextmanager

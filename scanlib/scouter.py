@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scanlib.explainer import Explainer
+from scanlib.distributed import summed
+from scanlib.explainer import Explainer, exact
 from scanlib.freezing import Frozen
 from scanlib.hooks import Layout, Target, evaluating, resolve_layer, target_scores
 from scanlib.maps import resized
@@ -88,7 +89,7 @@ class XSlotAttention(nn.Module):
                 scores = _rescaled(scores)
             attention = scores.sigmoid()  # no softmax: slots do not compete
             found = attention @ values / channels  # (B, S, d)
-        logits = self.sign * found.unflatten(1, (self.classes, -1)).sum((2, 3))
+        logits = self.sign * exact(found).unflatten(1, (self.classes, -1)).sum((2, 3))
         return Slots(logits, attention.unflatten(1, (self.classes, -1)))
 
 
@@ -126,7 +127,8 @@ class Scouter(nn.Module):
         freeze: how many of the backbone's stages keep their weights and statistics, its stem with them; see ``Frozen``.
         preprocess: images in [0, 255] -> the model's input, for ``explain``. image_size: pixels a side, for finding the layer.
 
-    Any size of picture works, square or not. (B, 3, H, W), preprocessed -> logits (B, K).
+    Any size of picture that the backbone takes works, square or not. (B, 3, H, W), preprocessed -> logits (B, K). Raises
+    ValueError for an image_size that it does not take.
     """
 
     def __init__(
@@ -148,13 +150,18 @@ class Scouter(nn.Module):
         super().__init__()
         if channels < 4 or channels % 4:
             raise ValueError(f"channels {channels} must be a multiple of 4: sine and cosine of row and column")
-        self.layer_name = resolve_layer(backbone, default_layer(backbone, image_size) if layer is None else layer)[0]
-        self.preprocess = preprocess or (lambda images: images)
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        front, width = _front(copy.deepcopy(backbone), self.layer_name, size)
+        pixels = next((module.in_channels for module in backbone.modules() if isinstance(module, nn.Conv2d)), 3)
+        try:
+            self.layer_name = resolve_layer(backbone, default_layer(backbone, size, pixels) if layer is None else layer)[0]
+            front, width = _front(copy.deepcopy(backbone), self.layer_name, (pixels, *size))
+        except AssertionError as error:  # vision transformers
+            raise ValueError(f"image_size {image_size} does not fit the backbone: {error}") from error
+        self.preprocess = preprocess or (lambda images: images)
         self.backbone = Frozen(front, freeze)
         self.project = nn.Conv2d(width, channels, 1)
         self.slot_attention = XSlotAttention(classes, channels, slots, iterations, key_layers, sign, rescale)
+        self.to(next(front.parameters()))  # its device and precision
 
     @property
     def sign(self) -> int:
@@ -214,10 +221,9 @@ def _features(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
     return Layout.infer(output.shape, tuple(inputs.shape[2:])).to_maps(output)
 
 
-def _front(model: nn.Module, layer: str, size: tuple[int, int]) -> tuple[nn.Module, int]:
+def _front(model: nn.Module, layer: str, shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
     """The model without what it begins behind the layer, and the number of the layer's features."""
-    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
-    picture = next(model.parameters()).new_zeros(1, channels, *size)
+    picture = next(model.parameters()).new_zeros(1, *shape)
     with torch.no_grad(), evaluating(model):
         width = _features(model, layer, picture).shape[1]
         ran = []  # in order of their beginning
@@ -229,9 +235,11 @@ def _front(model: nn.Module, layer: str, size: tuple[int, int]) -> tuple[nn.Modu
             for handle in (*handles, done):
                 handle.remove()
     before = len(ran) - ran[::-1].index(None)
-    front, behind = set(ran[:before]), set(ran[before:])
+    behind = set(ran[before:]) - set(ran[:before])
+    gone: list[str] = []
     for name, module in list(model.named_modules()):
-        if module in behind - front and any(True for _ in module.parameters()):
+        if module in behind and any(True for _ in module.parameters()) and not any(name.startswith(f"{n}.") for n in gone):
+            gone.append(name)
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, nn.Identity())
     return model, width
@@ -240,8 +248,8 @@ def _front(model: nn.Module, layer: str, size: tuple[int, int]) -> tuple[nn.Modu
 class SlotMaps(Explainer):
     """A Scouter's maps by the common call: the attention of the last look, summed over a class's slots.
 
-    Stretched over all classes and pixels of an image together, as in the paper: a class that saw less stays darker, and what
-    an image's strongest class did not see is 0. ``normalize=False``: the sums themselves, (N, h, w), in [0, slots].
+    Stretched over all classes and pixels of an image together, as in the paper: 0 is the least that any class saw anywhere, 1
+    the most, and a class that saw less stays darker. ``normalize=False``: the sums themselves, (N, h, w), in [0, slots].
 
     target: None (predicted class), a class, one per image, or callables: those give the classes' maps weighted by the score's
     derivatives for their logits, so that y_3 - y_5 asks what speaks for 3 and not for 5. For a negative sign a class's map is
@@ -296,7 +304,8 @@ def scouter_step(
         slots = scouter.look(images) if encoded else scouter.attend(scouter.preprocess(images))
         if training:
             logits = slots.logits.detach()
-            still = still + 1 if float((logits.amax(1) - logits.amin(1)).amax()) < 0.01 else 0
+            apart = summed([float((logits.amax(1) - logits.amin(1)).amax())], logits.device)[0]
+            still = still + 1 if apart < 0.01 else 0
             if still >= patience:
                 area = float(slots.attention.detach().mean())
                 raise FloatingPointError(
@@ -330,14 +339,14 @@ class Area(_Mean):
     """Raw area: the mean attention of all classes' slots, in [0, 1]."""
 
     def values(self, target, slots):
-        return slots.attention.flatten(1).mean(1)
+        return exact(slots.attention).flatten(1).mean(1)
 
 
 class OwnArea(_Mean):
     """Raw area of the label's class, in [0, 1]."""
 
     def values(self, target, slots):
-        return slots.attention[torch.arange(len(target)), target].flatten(1).mean(1)
+        return exact(slots.attention[torch.arange(len(target)), target]).flatten(1).mean(1)
 
 
 class LogitRange(_Mean):

@@ -5,6 +5,7 @@ scouter, history = train(replace(PRESETS["signs-positive"], lam=0), "blind.pt")
 scouter = load_scouter("mnist.pt")                                  # as it was built, with its weights; .explain(images, target)
 
 Presets follow the commands of the released code (github.com/wbw520/scouter, README): AdamW 1e-4, a tenth of it every 70 epochs.
+Rows are not rescaled, as in the paper; rescale=True does as the code did.
 """
 
 import itertools
@@ -43,7 +44,7 @@ class Recipe:
     data: str = _option("signs", f"signs, {', '.join(DATA)}, or a folder with one folder a class")
     folder: str = _option("data/downloads", "where a published data set lies")
     scenes: int = _option(3000, "of signs, to train on")
-    classes: int = _option(10, "of a published data set, the first so many")
+    classes: int | None = _option(None, "of a published data set, the first so many; left out, as many as it is known for")
     backbone: str = _option("resnet18", "signs_cnn, any torchvision classifier, or one of timm's, as resnest26d")
     weights: str | None = _option("DEFAULT", "the backbone's: a state dict's path, DEFAULT, or none")
     start: str | None = _option(None, "a base trained before, whose backbone is taken")
@@ -67,18 +68,23 @@ class Recipe:
     seed: int = _option(0, "of weights, order and augmentation")
 
     def __post_init__(self):
+        for entry in fields(self):  # plain values, whatever they come as: a checkpoint holds nothing else
+            value = getattr(self, entry.name)
+            if value is not None:
+                kind = int if entry.name == "classes" else str if entry.default is None else type(entry.default)
+                object.__setattr__(self, entry.name, kind(value))
         for name, known in (("head", tuple(HEADS)), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known; take {' or '.join(known)}")
         for name in ("scenes", "classes", "epochs", "batch_size", "image_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is no count; give 1 or more")
 
 
-_MNIST = Recipe(data="mnist", augment=False, epochs=10)
+_MNIST = Recipe(data="mnist", classes=10, augment=False, epochs=10)
 _CONTEXT = Recipe(data="context", backbone="resnest26d", classes=30, batch_size=200, epochs=100, slots=3, key_layers=3)
 _CUB = Recipe(data="cub200", backbone="resnest50d", classes=25, epochs=150, key_layers=3)
-_IMAGENET = Recipe(data="imagenet", backbone="resnest26d", batch_size=70, epochs=20, freeze=0, key_layers=3)
+_IMAGENET = Recipe(data="imagenet", classes=10, backbone="resnest26d", batch_size=70, epochs=20, freeze=0, key_layers=3)
 PRESETS = {
     "imagenet-base": replace(_IMAGENET, head="base"),
     "imagenet-positive": _IMAGENET,
@@ -105,13 +111,25 @@ FROM_BASE = {name for name in PRESETS if name.split("-")[0] in ("context", "cub2
 
 def pictures(recipe: Recipe) -> tuple[Dataset, Dataset, list[str]]:
     """Training and test pictures, and the classes' names. A folder of pictures is split four to one by the seed."""
+    if recipe.data not in DATA and recipe.classes is not None:
+        raise ValueError(f"classes {recipe.classes} chooses from {', '.join(DATA)}; {recipe.data} is taken with all it has")
     if recipe.data == "signs":
         train, test = _drawn(recipe.scenes, recipe.image_size, 0), _drawn(500, recipe.image_size, 1)
         return train, test, list(Signs.classes)
     if recipe.data in DATA:
-        made = [DATA[recipe.data](recipe.folder, train, recipe.image_size, recipe.classes) for train in (True, False)]
+        chosen = {} if recipe.classes is None else {"classes": recipe.classes}
+        made = [DATA[recipe.data](recipe.folder, train, recipe.image_size, **chosen) for train in (True, False)]
         return *made, made[0].classes
+    if not Path(recipe.data).is_dir():
+        raise FileNotFoundError(f"data {recipe.data!r} is no folder, and not one of signs, {', '.join(DATA)}")
     folder = PhotoFolder(recipe.data, recipe.image_size)
+    stray = [path for path, label in zip(folder.files, folder.labels, strict=True) if label < 0]
+    if stray or len(folder) < 5:
+        raise ValueError(
+            f"data {recipe.data}: {stray[0]} lies in no class's folder; put every picture into one"
+            if stray
+            else f"data {recipe.data} holds {len(folder)} pictures; give 5 or more, in one folder a class"
+        )
     kept = len(folder) - len(folder) // 5
     train, test = torch.utils.data.random_split(folder, [kept, len(folder) - kept], torch.Generator().manual_seed(recipe.seed))
     return train, test, folder.classes
@@ -159,7 +177,7 @@ def build(recipe: Recipe, classes: int) -> Frozen | Scouter:
                 f"start {recipe.start} is a {base.head} {base.backbone}, and a base {recipe.backbone} is wanted; "
                 f"train one with head = base, or take another backbone"
             )
-        backbone, preprocess = started.model, started.preprocess
+        backbone, preprocess = started.model.requires_grad_(True), started.preprocess  # what freezes now is this recipe's
     else:
         base = classifier(recipe.backbone, classes, recipe.weights, recipe.image_size)
         backbone, preprocess = base.model, base.preprocess
@@ -181,8 +199,9 @@ def train(recipe: Recipe, out: str | Path, device=None, workers: int = 0, verbos
         model = build(recipe, len(names)).to(device)
     slots = recipe.head != "base"
     frozen = slots and not recipe.augment and not together() and not any(p.requires_grad for p in model.backbone.parameters())
-    loaders = [shared(loader) for loader in _loaders(recipe, data, test, workers)]
-    if encoded := frozen and _fits(model, data, test):
+    encoded = frozen and _fits(model, data, test)
+    loaders = [shared(loader) for loader in _loaders(recipe, data, test, workers, encoded)]
+    if encoded:
         loaders = [FeatureCache.filled(loader, partial(_encoded, model), recipe.seed, device, verbose) for loader in loaders]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, recipe.learning_rate)
@@ -211,14 +230,16 @@ def train(recipe: Recipe, out: str | Path, device=None, workers: int = 0, verbos
     )
     history = trainer.fit(loaders[0], recipe.epochs, loaders[1], verbose)
     if is_first():
-        save_trained(model, recipe, names, out)
+        save_trained(model, recipe, names, out, {name: values[-1] for name, values in history.items()})
         run.unlink(missing_ok=True)
     return model.eval(), history
 
 
-def _loaders(recipe: Recipe, data: Dataset, test: Dataset, workers: int) -> tuple[DataLoader, DataLoader]:
+def _loaders(recipe: Recipe, data: Dataset, test: Dataset, workers: int, encoded: bool) -> tuple[DataLoader, DataLoader]:
     size = recipe.batch_size
-    lonely = len(data) % size < 2 * count()  # what is left at the end is too little for a batch norm
+    if together() and size < 2 * count():
+        raise ValueError(f"batch_size {size} is too small for {count()} processes; give {2 * count()} or more")
+    lonely = len(data) % size < 2 * count() and not encoded  # what is left at the end is too little for a batch norm
     changed = Augmented(data) if recipe.augment else data
     train = DataLoader(changed, size, shuffle=True, num_workers=workers, drop_last=lonely and len(data) > size)
     return train, DataLoader(test, size, num_workers=workers)
@@ -236,10 +257,13 @@ def _fits(scouter: Scouter, *data: Dataset) -> bool:
     return features.nbytes * sum(map(len, data)) < CACHE_BYTES
 
 
-def save_trained(model: nn.Module, recipe: Recipe, names: list[str], out: str | Path, half: bool = False) -> Path:
-    """The model's weights with the recipe that builds it; ``half``: in half precision."""
+def save_trained(
+    model: nn.Module, recipe: Recipe, names: list[str], out: str | Path, figures: dict[str, float], half: bool = False
+) -> Path:
+    """The model's weights with the recipe that builds it, and the last figures of its training; ``half``: in half precision."""
     state = {key: value.half() if half and value.is_floating_point() else value for key, value in model.state_dict().items()}
     content = {"format": 1, "kind": "scouter", "recipe": asdict(recipe), "classes": list(names), "state_dict": state}
+    content["figures"] = dict(figures)
     return save_checkpoint(content, out)
 
 
@@ -255,9 +279,18 @@ def load_trained(path: str | Path) -> tuple[nn.Module, Recipe]:
         model = build(replace(recipe, weights=None, start=None), len(saved["classes"]))
         model.load_state_dict(saved["state_dict"])
     except (TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} is no Scouter and no base: {str(error).splitlines()[0][:120]}") from error
+        reason = [line.strip() for line in str(error).splitlines() if not line.endswith(":")] or [type(error).__name__]
+        raise ValueError(f"{path} is no Scouter and no base: {reason[0][:120]}") from error
     model.classes = list(saved["classes"])
     return model.eval(), recipe
+
+
+def finished(recipe: Recipe, path: str | Path) -> dict[str, float] | None:
+    """The figures of a run that is done already: those of ``path`` when it holds this recipe, else None."""
+    if not Path(path).is_file():
+        return None
+    saved = load_checkpoint(path)
+    return saved.get("figures") if isinstance(saved, dict) and saved.get("recipe") == asdict(recipe) else None
 
 
 def load_scouter(path: str | Path) -> Scouter:

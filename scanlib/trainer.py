@@ -128,6 +128,8 @@ class Trainer:
         verbose = verbose and distributed.is_first()
         try:
             self._resume()
+            if distributed.summed([self.epoch], self.device)[0] != self.epoch * distributed.count():
+                raise ValueError(f"the processes do not find the same {self.checkpoint}; put it on a disk that all of them see")
             distributed.same_start([*self.model.parameters(), *self.model.buffers()])
             while self.epoch < goal:
                 self._train_epoch(loader, goal, verbose)
@@ -300,3 +302,7 @@ class Trainer:
             vars(metric).update(state)
         progress = saved["progress"]
         self.epoch, self.step, self._sums, self.history = (progress[name] for name in ("epoch", "step", "sums", "history"))
+        if not distributed.is_first():  # the sums of a run that was alone count once
+            self._sums = [0.0, 0]
+            for metric in self.metrics:
+                metric.reset()

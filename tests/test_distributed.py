@@ -5,6 +5,8 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from scanlib.distributed import is_first, processes, shared, summed
 from scanlib.trainer import Accuracy, Trainer
 
-RUN = "from tests.test_distributed import walk; walk()"
+ROOT = Path(__file__).parent.parent
 
 
 def run(path=None):
@@ -59,22 +61,36 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo here")
-def test_two_processes_are_as_one(tmp_path):
+def in_two_processes(work: str, **files) -> list[str]:
+    """Run a function of this file in two processes; what each of them said."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    files = {"RESULT": str(tmp_path / "result.pt"), "CHECKPOINT": str(tmp_path / "run.pt")}
+    alone = {"CUDA_VISIBLE_DEVICES": "", "USE_LIBUV": "0"}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", RUN],
-            env=os.environ | common | files | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, "-c", f"from tests.test_distributed import {work}; {work}()"],
+            env=os.environ | common | alone | files | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=120)[0] for process in started]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0, 0], said
+    return said
+
+
+has_gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+
+
+@pytest.mark.skipif(not has_gloo, reason="no gloo here")
+def test_two_processes_are_as_one(tmp_path):
+    said = in_two_processes("walk", RESULT=str(tmp_path / "result.pt"), CHECKPOINT=str(tmp_path / "run.pt"))
     assert "epoch 3/3" in said[0] and "epoch" not in said[1]  # the first one speaks
     assert "Warning" not in said[0] + said[1]
     found = torch.load(tmp_path / "result.pt", weights_only=True)
@@ -83,6 +99,35 @@ def test_two_processes_are_as_one(tmp_path):
     assert theirs["Accuracy"] == history["Accuracy"] and theirs["val_Accuracy"] == history["val_Accuracy"]
     assert theirs["val_loss"] == pytest.approx(history["val_loss"], rel=1e-5)
     torch.testing.assert_close(found["parameters"], parameters, atol=1e-6, rtol=1e-5)
+
+
+def scouter(path):
+    """A SCOUTER on a network with batch norms, a few steps long; its slots only are trained, so that statistics stay."""
+    from scanlib import scouter_recipes as recipes
+
+    recipe = recipes.Recipe(
+        **asdict(recipes.PRESETS["signs-positive"]) | {"scenes": 128, "epochs": 3, "learning_rate": 0.01, "power": 1}
+    )
+    return recipes.train(recipe, path, "cpu")[1]
+
+
+def train_a_scouter():
+    with processes():
+        history = scouter(os.environ["MODEL"])
+        if is_first():
+            torch.save(json.dumps(history), os.environ["RESULT"])
+
+
+@pytest.mark.skipif(not has_gloo, reason="no gloo here")
+def test_a_scouter_trained_by_two_is_as_accurate_as_by_one(tmp_path, monkeypatch):
+    said = in_two_processes("train_a_scouter", RESULT=str(tmp_path / "result.pt"), MODEL=str(tmp_path / "both.pt"))
+    assert "epoch 3/3" in said[0] and "epoch" not in said[1] and (tmp_path / "both.pt").exists()
+    theirs = json.loads(torch.load(tmp_path / "result.pt", weights_only=True))
+    monkeypatch.setattr("scanlib.scouter_recipes.CACHE_BYTES", 0)  # several processes keep no features
+    alone = scouter(tmp_path / "alone.pt")
+    assert theirs["Accuracy"] == alone["Accuracy"] and theirs["val_Accuracy"] == alone["val_Accuracy"]
+    for name in ("loss", "val_loss", "val_Area", "val_LogitRange"):
+        assert theirs[name] == pytest.approx(alone[name], rel=1e-3)
 
 
 def test_alone_nothing_changes():

@@ -161,6 +161,32 @@ def test_a_vision_transformer(images):
     assert scouter.backbone.model.encoder.layers[1].ln_1.weight.grad is not None
 
 
+def test_one_channel_and_double_precision():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 3))
+    scouter = Scouter(net.double(), 3, "3", channels=8, image_size=31)
+    assert scouter(torch.rand(2, 1, 31, 31).double()).dtype == torch.float64
+
+
+def test_what_is_behind_is_let_go_with_all_that_is_in_it():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)])
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0](x))
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Listed(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    scouter = Scouter(net, 3, "0", channels=8, image_size=16)
+    assert [name for name, _ in scouter.backbone.model.named_parameters()] == ["0.weight", "0.bias"]
+
+
+def test_a_size_that_the_backbone_does_not_take():
+    vit = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=3)
+    with pytest.raises(ValueError, match="image_size 48 does not fit the backbone"):
+        Scouter(vit, 3, image_size=48)
+
+
 def test_maps_by_hand(scouter, images):
     with torch.no_grad():
         logits, attention = scouter.attend(images / 255)
@@ -239,3 +265,5 @@ def test_bfloat16_autocast(scouter, images):
     with torch.autocast("cpu", torch.bfloat16):
         found = scouter.attend(images / 255)
     torch.testing.assert_close(found.attention.float(), exact.attention, atol=0.02, rtol=0)
+    assert found.logits.dtype == torch.float32  # sums are exact, whatever is summed
+    torch.testing.assert_close(found.logits, exact.logits, rtol=0.02, atol=0)

@@ -1,6 +1,7 @@
 import struct
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +12,7 @@ from scanlib.cli import main
 from scanlib.localisation import energy_inside
 from scanlib.models import CHECKPOINTS
 from scanlib.scouter import Scouter
-from scanlib.scouter_recipes import FROM_BASE, PRESETS, Augmented, Recipe, load_scouter, load_trained, sweep, train
+from scanlib.scouter_recipes import FROM_BASE, PRESETS, Augmented, Recipe, build, load_scouter, load_trained, sweep, train
 
 SMALL = {"image_size": 64, "batch_size": 16, "epochs": 1, "weights": None}
 
@@ -88,10 +89,15 @@ def test_the_table_of_the_released_code():
 
 def test_a_scouter_starts_from_its_base(trees, tmp_path):
     common = {**SMALL, "data": "mnist", "folder": str(trees / "mnist"), "augment": False, "freeze": 4}
-    base, _ = train(Recipe(head="base", **common), tmp_path / "base.pt", "cpu", verbose=False)
-    made, _ = train(Recipe(start=str(tmp_path / "base.pt"), **common), tmp_path / "s.pt", "cpu", verbose=False)
+    base, _ = train(Recipe(head="base", **common | {"freeze": 1}), tmp_path / "base.pt", "cpu", verbose=False)
+    made, _ = train(Recipe(start=tmp_path / "base.pt", **common), tmp_path / "s.pt", "cpu", verbose=False)
     kept = made.backbone.model.state_dict()  # all four stages are frozen, so they are still the base's
     assert all(torch.equal(value, base.model.state_dict()[name]) for name, value in kept.items())
+    torch.manual_seed(0)
+    fresh = build(Recipe(**common), 10).backbone.model.state_dict()
+    assert not torch.equal(fresh["layer4.1.conv2.weight"], kept["layer4.1.conv2.weight"])
+    freed = build(Recipe(start=tmp_path / "base.pt", **common | {"freeze": 0}), 10)
+    assert all(parameter.requires_grad for parameter in freed.parameters())  # what the base froze is its own business
     with pytest.raises(ValueError, match="is a base resnet18, and a base resnet34 is wanted"):
         train(Recipe(start=str(tmp_path / "base.pt"), **common | {"backbone": "resnet34"}), tmp_path / "x.pt", "cpu")
     with pytest.raises(ValueError, match="base classifier without slots"):
@@ -102,11 +108,14 @@ def test_a_scouter_starts_from_its_base(trees, tmp_path):
 
 
 def test_cached_features_change_nothing(tmp_path, monkeypatch):
-    recipe = replace(PRESETS["signs-positive"], scenes=60, epochs=2)
+    recipe = replace(PRESETS["signs-positive"], scenes=60, epochs=2, batch_size=16)
+    filled, real = [], recipes.FeatureCache.filled
+    monkeypatch.setattr(recipes.FeatureCache, "filled", lambda *args: filled.append(1) or real(*args))
     _, history = train(recipe, tmp_path / "a.pt", "cpu", verbose=False)
+    assert len(filled) == 2
     monkeypatch.setattr(recipes, "CACHE_BYTES", 0)
     plain, other = train(recipe, tmp_path / "b.pt", "cpu", verbose=False)
-    assert history["val_Accuracy"] == other["val_Accuracy"]
+    assert len(filled) == 2
     untouched = load_trained(tmp_path / "a.pt")[0].backbone.state_dict()
     assert all(torch.equal(value, plain.backbone.state_dict()[name]) for name, value in untouched.items())
     assert history["val_loss"] == pytest.approx(other["val_loss"], rel=0.1)  # the order of the pictures differs
@@ -157,11 +166,28 @@ def test_a_folder_of_pictures(tmp_path):
     train(recipe, tmp_path / "m.pt", "cpu", verbose=False)
     assert load_scouter(tmp_path / "m.pt").classes == ["a", "b"]
     assert list(map(len, recipes.pictures(recipe)[:2])) == [8, 2]
+    picture(tmp_path / "photos" / "stray.png", 1)
+    with pytest.raises(ValueError, match=r"stray.png lies in no class's folder"):
+        recipes.pictures(recipe)
+    for number in range(2):
+        picture(tmp_path / "few" / "a" / f"{number}.png", number)
+    with pytest.raises(ValueError, match="holds 2 pictures; give 5 or more"):
+        recipes.pictures(replace(recipe, data=str(tmp_path / "few")))
+    with pytest.raises(FileNotFoundError, match="data 'minst' is no folder, and not one of signs, mnist"):
+        recipes.pictures(replace(recipe, data="minst"))
+    with pytest.raises(ValueError, match="classes 5 chooses from mnist"):
+        recipes.pictures(replace(recipe, classes=5))
 
 
 def test_sweep():
     assert [(r.lam, r.slots) for r in sweep(Recipe(), lam=[1, 10], slots=[1, 3])] == [(1, 1), (1, 3), (10, 1), (10, 3)]
     assert sweep(Recipe()) == [Recipe()]
+
+
+def test_a_recipe_holds_plain_values(tmp_path):
+    recipe = Recipe(folder=tmp_path, start=tmp_path / "b.pt", lam=np.float64(2), slots=np.int64(3), classes=np.int64(4))
+    kinds = [type(getattr(recipe, name)) for name in ("folder", "start", "lam", "slots", "classes")]
+    assert kinds == [str, str, float, int, int]
 
 
 def test_bad_recipes():
@@ -177,7 +203,7 @@ def test_bad_recipes():
 # --- the command line ---
 
 
-def test_train_and_explain_on_the_command_line(tmp_path, capsys):
+def test_train_and_explain_on_the_command_line(tmp_path, monkeypatch, capsys):
     out = tmp_path / "s.pt"
     main(f"train scouter --preset signs-negative --epochs 1 --scenes 60 --lam 0,10 --slots 1,2 --seed 3 --out {out}".split())
     said = capsys.readouterr().out
@@ -188,6 +214,18 @@ def test_train_and_explain_on_the_command_line(tmp_path, capsys):
     assert "| 10 | 2 |" in table and "seed 3" in table and "| 10 | 2 |" in said
     _, recipe = load_trained(tmp_path / names[3])
     assert (recipe.lam, recipe.slots, recipe.seed, recipe.head) == (10, 2, 3, "negative")
+
+    def never(*args):
+        raise AssertionError("trained again")
+
+    with monkeypatch.context() as patched:  # what is done is not done again; a run that dies does not end the sweep
+        patched.setattr("scanlib.cli_scouter.train", never)
+        main(f"train scouter --preset signs-negative --epochs 1 --scenes 60 --lam 0,10 --slots 1,2 --seed 3 --out {out}".split())
+        assert (tmp_path / "s.md").read_text("utf-8") == table
+        dies = FloatingPointError("the slots died")
+        patched.setattr("scanlib.cli_scouter.train", lambda *args: (_ for _ in ()).throw(dies))
+        main(f"train scouter --preset signs-negative --epochs 1 --scenes 60 --lam 0,99 --slots 1 --seed 3 --out {out}".split())
+    capsys.readouterr()
 
     picture(tmp_path / "p.png", 0)
     for options, words in (
