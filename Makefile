@@ -7,7 +7,7 @@ BIN := .venv/bin
 endif
 export SCANLIB_FAST ?=
 
-.PHONY: demo test lab bench checkpoints links clean
+.PHONY: demo test lab bench browser checkpoints links clean
 
 demo: .venv/installed                ## execute the quickstart and leave its page and picture in out/
 	$(BIN)/python -m nbconvert --to html --execute notebooks/00_quickstart.ipynb --output-dir out --output quickstart --log-level WARN
@@ -23,9 +23,10 @@ test: .venv/installed-test           ## ruff, the tests, and every notebook
 lab: .venv/installed                 ## JupyterLab on the notebooks
 	$(BIN)/python -m jupyterlab notebooks
 
-bench: .venv/installed-test          ## beside the straightforward way and the peers; writes benchmarks/RESULTS.md and PEERS.md
+bench: .venv/installed-test          ## beside the straightforward way and the peers; writes benchmarks/RESULTS.md, PEERS.md, EXPLORER.md
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/explorer.py
 
 checkpoints: .venv/installed         ## train what ships in data/checkpoints
 	$(BIN)/python data/make_checkpoints.py
@@ -41,6 +42,10 @@ links: .venv/installed               ## rewrite every badge and link after the a
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[test,peers,timm]"
 	@$(BIN)/python -c "open('$@', 'w')"
+
+browser: .venv/installed-test        ## the explorer in JupyterLab and Voila, driven in a Chromium that you have; screenshots in out/
+	$(BIN)/python -m pip install --quiet --editable ".[browser]"
+	SCANLIB_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py -rs
 
 clean:
 	$(PYTHON) -c "import shutil; [shutil.rmtree(d, True) for d in ('.venv', 'out', 'build', '.pytest_cache', '.ruff_cache')]"

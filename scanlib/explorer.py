@@ -1,0 +1,292 @@
+"""What the explorer shows, as a function: one ``View`` in, one picture out. The widget only sets the view.
+
+scene = Explorable(model, images, {"SCAN": {"layer4": scanner}, "Grad-CAM": GradCAM}, preprocess=preprocess)
+picture = scene.render(View(image=2, layer="layer4", percentile=90))         # (H, W, 3) uint8
+
+Whatever the model computed is kept: features and gradients by picture, layer and class, maps by these and the percentile, so that
+opacity and colours never touch a network, and a percentile only the decoder. Drawn with arrays and Pillow.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scanlib.explainer import prepared
+from scanlib.hooks import evaluating, logits_of
+from scanlib.maps import unit_range
+from scanlib.masking import percentile_of_positives
+from scanlib.plots import to_pixels
+from scanlib.removal import mean_colour
+from scanlib.scan import SCAN
+
+STRIPS = ("none", "layers", "percentiles")
+FILM = (0, 20, 40, 60, 80, 90, 95, 99)
+BLANK = np.full((8, 8, 3), 235, np.uint8)  # where there is no map
+PANEL, LINE = 176, 14  # pixels
+
+
+@dataclass(frozen=True)
+class View:
+    """What is to be shown.
+
+    image: its number. layer: by name; None the first there is. target: a class, None the predicted one. methods: by name, shown
+    side by side; () all. percentile: SCAN's, 0..100. opacity of the map, 0..1. colormap: any of matplotlib's. shared: one range
+    for all maps, else each its own. top: % of the pixels whose loss, or keeping, is tried out. keep: keep them, else remove them.
+    strip: "none", "layers" (every layer at this percentile) or "percentiles" (this layer, from 0 to 99).
+    """
+
+    image: int = 0
+    layer: str | None = None
+    target: int | None = None
+    methods: tuple[str, ...] = ()
+    percentile: float = 95.0
+    opacity: float = 0.6
+    colormap: str = "magma"
+    shared: bool = False
+    top: float = 10.0
+    keep: bool = False
+    strip: str = "none"
+
+    def code(self) -> str:
+        """The call that makes this view again."""
+        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"View({', '.join(changed)})"
+
+
+class Explorable:
+    """A model, pictures and explainers to look at.
+
+    Args:
+        model: (N, 3, H, W) preprocessed -> logits. images: (N, 3, H, W) in [0, 255].
+        explainers: by name, each one of: a dictionary from layer names to trained ``SCAN``s; a class of explainer, built for the
+            layer in view; any callable ``(images, target) -> maps (N, H, W)``, which has no choice of layer.
+        preprocess: images in [0, 255] -> the model's input. classes: their names. layers: names to choose from; left out, those
+            that SCANs were trained for.
+
+    Raises ValueError for explainers of no known kind and for a view that does not fit, naming what would.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        explainers: Mapping[str, object],
+        *,
+        preprocess: Callable[[Tensor], Tensor] | None = None,
+        classes: Sequence[str] | None = None,
+        layers: Sequence[str] | None = None,
+    ):
+        if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+            raise ValueError("images must be a tensor (N, 3, H, W) with one picture or more; put [None] behind a single one")
+        strange = [n for n, e in explainers.items() if not (callable(e) or (isinstance(e, Mapping) and _are_scans(e)))]
+        if strange or not explainers:
+            raise ValueError(f"explainers {strange}: give a dictionary from layers to SCANs, a class of explainer, or a callable")
+        self.model, self.images, self.explainers = model, images.float(), dict(explainers)
+        self.preprocess = preprocess or (lambda images: images)
+        scans = [layer for explainer in explainers.values() if isinstance(explainer, Mapping) for layer in explainer]
+        self.layers = list(dict.fromkeys(layers or scans)) or [None]
+        self._kept: dict[tuple, object] = {}
+        self.classes = list(classes) if classes is not None else [str(c) for c in range(len(self.probabilities(0)))]
+
+    def add(self, image: Tensor) -> int:
+        """Take in one more picture (3, H, W) in [0, 255], resized to the others' size; its number."""
+        if image.shape[-2:] != self.images.shape[-2:]:
+            image = F.interpolate(image[None], size=tuple(self.images.shape[-2:]), mode="bilinear", antialias=True)[0]
+        self.images = torch.cat([self.images, image[None].to(self.images)])
+        return len(self.images) - 1
+
+    def _once(self, *key, make: Callable[[], object]):
+        """What was made for this key, made when it is first asked for. The oldest is let go where there is too much."""
+        if key not in self._kept:
+            while len(self._kept) > 400:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = make()
+        return self._kept[key]
+
+    @torch.no_grad()
+    def _run(self, images: Tensor) -> Tensor:
+        with evaluating(self.model):
+            return logits_of(self.model(prepared(self.model, self.preprocess, images))).softmax(1).cpu()
+
+    def probabilities(self, image: int) -> Tensor:
+        """Of a picture's classes, (K,)."""
+        return self._once("probabilities", image, make=lambda: self._run(self.images[image : image + 1])[0])
+
+    def checked(self, view: View) -> View:
+        """The view with its gaps filled in. Raises ValueError for what there is not."""
+        known = list(self.explainers)
+        view = replace(view, layer=view.layer or self.layers[0], methods=tuple(view.methods) or tuple(known))
+        if not 0 <= view.image < len(self.images):
+            raise ValueError(f"image {view.image} is out of range: there are 0..{len(self.images) - 1}")
+        if view.layer not in self.layers:
+            raise ValueError(f"layer {view.layer!r} is not to be chosen; take one of {', '.join(map(str, self.layers))}")
+        if unknown := [name for name in view.methods if name not in known]:
+            raise ValueError(f"methods {unknown} are not known; there are {', '.join(known)}")
+        if view.strip not in STRIPS:
+            raise ValueError(f"strip {view.strip!r} is not known; take one of {', '.join(STRIPS)}")
+        for name, most in (("percentile", 100), ("opacity", 1), ("top", 100)):
+            if not 0 <= getattr(view, name) <= most:
+                raise ValueError(f"{name} {getattr(view, name)} is out of range; give 0..{most}")
+        if view.target is None:
+            view = replace(view, target=int(self.probabilities(view.image).argmax()))
+        if not 0 <= view.target < len(self.classes):
+            raise ValueError(f"target class {view.target} is out of range: the model has classes 0..{len(self.classes) - 1}")
+        return view
+
+    # --- maps ---
+
+    def _scan(self, view: View, name: str) -> SCAN | None:
+        explainer = self.explainers[name]
+        return explainer.get(view.layer) if isinstance(explainer, Mapping) else None
+
+    def _features(self, view: View, name: str) -> tuple[Tensor, Tensor]:
+        """What SCAN decodes; the model runs here, and not again for this picture, layer and class."""
+        scan, image = self._scan(view, name), self.images[view.image : view.image + 1]
+        return self._once(name, view.image, view.layer, view.target, make=lambda: scan.extract(image, view.target))
+
+    def _decoded(self, view: View, name: str) -> tuple[Tensor, np.ndarray]:
+        def make():
+            confidence, rebuilt = self._scan(view, name).decode(*self._features(view, name), view.percentile)
+            return confidence[0].cpu(), rebuilt[0].cpu().numpy()
+
+        return self._once(name, view.image, view.layer, view.target, view.percentile, make=make)
+
+    def heat(self, view: View, name: str) -> Tensor | None:
+        """A method's map of the view, (H, W) in [0, 1], on the CPU; None where SCAN has no decoder for the layer."""
+        view, explainer = self.checked(view), self.explainers[name]
+        if isinstance(explainer, Mapping):
+            return self._decoded(view, name)[0] if view.layer in explainer else None
+        image = self.images[view.image : view.image + 1]
+        if isinstance(explainer, type):
+            place = {} if view.layer is None else {"target_layer": view.layer}
+
+            def make():
+                return explainer(self.model, preprocess=self.preprocess, **place)(image, view.target)[0].cpu()
+
+            return self._once(name, view.image, view.layer, view.target, make=make)
+        return self._once(name, view.image, view.target, make=lambda: explainer(image, view.target)[0].cpu())
+
+    def share(self, view: View, name: str) -> float:
+        """Share of the features that SCAN's mask leaves, 0..1."""
+        view = self.checked(view)
+        _, scores = self._features(view, name)
+        return float((scores >= percentile_of_positives(scores, view.percentile)).float().mean())
+
+    def tried(self, view: View) -> dict[str, float]:
+        """The class's probability when each method's top pixels are removed, or all others: one run of the model for all."""
+        view = self.checked(view)
+        heats = {name: self.heat(view, name) for name in view.methods}
+        heats = {name: heat for name, heat in heats.items() if heat is not None}
+
+        def make():
+            image = self.images[view.image : view.image + 1]
+            kept = []
+            for heat in heats.values():
+                count = round(view.top / 100 * heat.numel())
+                gone = torch.zeros(heat.numel(), dtype=torch.bool)
+                gone[heat.flatten().argsort(descending=True, stable=True)[:count]] = True
+                gone = ~gone if view.keep else gone
+                kept.append(torch.where(gone.view(heat.shape).to(image.device), mean_colour(image)[0], image[0]))
+            found = self._run(torch.stack(kept))[:, view.target].tolist()
+            return dict(zip(heats, found, strict=True))
+
+        key = (view.image, view.layer, view.target, view.methods, view.percentile, view.top, view.keep)
+        return self._once("tried", *key, make=make) if heats else {}
+
+    # --- the picture ---
+
+    def render(self, view: View) -> np.ndarray:
+        """The view's picture, (H, W, 3) uint8: the scene, every method's map over it, SCAN's reconstruction, and the strip."""
+        view = self.checked(view)
+        image, tried = self.images[view.image], self.tried(view)
+        probability = self.probabilities(view.image)[view.target]
+        heats = {name: self.heat(view, name) for name in view.methods}
+        own = [f"{self.classes[view.target]} {probability:.2f}", f"layer {view.layer}" if view.layer else ""]
+        panels = [(to_pixels(image), own)]
+        for (name, heat), shown in zip(heats.items(), self._ranged(view, list(heats.values())), strict=True):
+            if heat is None:
+                panels.append((BLANK, [name, "no decoder for this layer"]))
+                continue
+            said = f"{'kept' if view.keep else 'removed'} top {view.top:g} %: {tried[name]:.2f}"
+            panels.append((_over(image, shown, view), [name, said]))
+            if self._scan(view, name):
+                mask = f"P {view.percentile:g}: {100 * self.share(view, name):.1f} % of features"
+                panels.append((self._decoded(view, name)[1], [f"{name}, rebuilt", mask]))
+        rows = [_row(panels)]
+        if view.strip != "none":
+            rows.append(_row(self._strip(view), panel=max(64, rows[0].shape[1] // max(1, len(self._places(view))) - 6)))
+        width = max(row.shape[1] for row in rows)
+        return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows])
+
+    def _ranged(self, view: View, heats: list[Tensor | None]) -> list[Tensor | None]:
+        """Maps as they are drawn: each stretched to its own range, or all on the one they have in common."""
+        there = [heat for heat in heats if heat is not None]
+        if not view.shared:
+            return [heat if heat is None else unit_range(heat[None])[0] for heat in heats]
+        high = max((float(heat.max()) for heat in there), default=1.0) or 1.0
+        return [heat if heat is None else heat / high for heat in heats]
+
+    def _places(self, view: View) -> list[View]:
+        if view.strip == "layers":
+            return [replace(view, layer=layer) for layer in self.layers]
+        return [replace(view, percentile=float(p)) for p in FILM]
+
+    def _strip(self, view: View) -> list[tuple[np.ndarray, list[str]]]:
+        """The first method at every layer, or at every percentile."""
+        name = view.methods[0]
+        places = self._places(view)
+        heats = [self.heat(place, name) for place in places]
+        titles = [str(place.layer) if view.strip == "layers" else f"P {place.percentile:g}" for place in places]
+        drawn = [BLANK if heat is None else _over(self.images[view.image], heat, view) for heat in self._ranged(view, heats)]
+        return [(pixels, [title]) for pixels, title in zip(drawn, titles, strict=True)]
+
+
+def _are_scans(explainer: Mapping) -> bool:
+    return len(explainer) > 0 and all(isinstance(scan, SCAN) for scan in explainer.values())
+
+
+_TABLES: dict[str, np.ndarray] = {}
+
+
+def _table(colormap: str) -> np.ndarray:
+    """A colour map's 256 colours, (256, 3) float32. Raises ValueError for an unknown name."""
+    if colormap not in _TABLES:
+        import matplotlib
+
+        if colormap not in matplotlib.colormaps:
+            raise ValueError(f"colormap {colormap!r} is not known; take one of matplotlib's, as magma, viridis, cividis")
+        _TABLES[colormap] = (matplotlib.colormaps[colormap](np.arange(256))[:, :3] * 255).astype(np.float32)
+    return _TABLES[colormap]
+
+
+def _over(image: Tensor, heat: Tensor, view: View) -> np.ndarray:
+    """The coloured map over the picture, (H, W, 3) uint8."""
+    index = (heat.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    pixels = to_pixels(image)
+    if index.shape != pixels.shape[:2]:
+        from PIL import Image
+
+        index = np.asarray(Image.fromarray(index).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR))
+    return ((1 - view.opacity) * pixels + view.opacity * _table(view.colormap)[index]).round().astype(np.uint8)
+
+
+def _row(panels: Sequence[tuple[np.ndarray, list[str]]], panel: int = PANEL) -> np.ndarray:
+    """Pictures of any size side by side, with lines of text above each: (H, W, 3) uint8."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    top = LINE * max(len(lines) for _, lines in panels) + 4
+    canvas = Image.new("RGB", (len(panels) * (panel + 6), panel + top + 4), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    for place, (pixels, lines) in enumerate(panels):
+        left = place * (panel + 6) + 3
+        height, width = pixels.shape[:2]
+        scale = panel / max(height, width)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        canvas.paste(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST), (left, top))
+        for number, line in enumerate(lines):
+            draw.text((left, 2 + LINE * number), line, "dimgray" if number else "black", font)
+    return np.asarray(canvas)
