@@ -64,7 +64,8 @@ class Explorer:
                 options=[("no strip", "none"), ("compare layers", "layers"), ("percentile film", "percentiles")]
             ),
         }
-        self.save_button, self.snippet = w.Button(description="save", icon="save"), w.Textarea(disabled=True, rows=2)
+        self.save_button = w.Button(description="save", icon="save")
+        self.snippet = w.Textarea(disabled=True, layout=w.Layout(width="98%"))
         for name, control in self.controls.items():
             control.observe(lambda change, name=name: self._changed(name, change["new"]), "value")
         self.upload.observe(lambda change: self._uploaded(change["new"]), "value")

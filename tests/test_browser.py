@@ -79,9 +79,10 @@ def drive(page, box, shots: Path, name: str) -> None:
     handle = box.locator(".noUi-handle").first
     changed("the percentile", lambda: (handle.focus(), page.keyboard.press("ArrowLeft")))
     dropdowns = box.locator("select")
-    changed("the layer", lambda: dropdowns.nth(0).select_option(index=1))
-    changed("the class", lambda: dropdowns.nth(1).select_option(index=3))
+    changed("the layer", lambda: dropdowns.nth(0).select_option(index=2))
     changed("the film", lambda: box.get_by_role("button", name="percentile film").click())
+    box.screenshot(path=shots / f"{name}.png")
+    changed("the class", lambda: dropdowns.nth(1).select_option(index=3))
     upload = shots / "upload.png"
     Image.new("RGB", (80, 60), "orange").save(upload)
     with page.expect_file_chooser() as chooser:
@@ -95,7 +96,7 @@ def drive(page, box, shots: Path, name: str) -> None:
         page.wait_for_timeout(100)
     assert new, "save wrote nothing"
     new.pop().unlink()
-    box.screenshot(path=shots / f"{name}.png")
+    box.screenshot(path=shots / f"{name}_saved.png")
 
 
 @pytest.fixture
@@ -111,11 +112,13 @@ def test_in_jupyterlab(page, shots):
     address = f"http://127.0.0.1:{port}"
     quiet = ["--ServerApp.token=", "--ServerApp.password=", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
     arguments = [sys.executable, "-m", "jupyterlab", "out", *quiet, "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]  # noqa: E501  # fmt: skip
-    server = served(arguments, f"{address}/api", os.environ | {"SCANLIB_FAST": "1"})
+    server = served(arguments, f"{address}/api", {"SCANLIB_FAST": "1"} | os.environ)
     try:
         page.goto(f"{address}/lab/tree/10_explorer.ipynb?reset")
-        page.get_by_text("Run", exact=True).first.click()
-        page.get_by_text("Run All Cells", exact=True).first.click()
+        page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=120_000)
+        page.wait_for_timeout(2000)
+        page.locator(".lm-MenuBar-itemLabel").get_by_text("Run", exact=True).click()
+        page.locator(".lm-Menu-itemLabel").get_by_text("Run All Cells", exact=True).click()
         box = page.locator(".jp-OutputArea-output", has=page.locator(".widget-upload")).first
         box.wait_for(timeout=240_000)
         box.scroll_into_view_if_needed()
@@ -131,7 +134,7 @@ def test_as_a_page_of_its_own(page, shots):
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     arguments = [sys.executable, "-m", "voila", "out/10_explorer.ipynb", "--no-browser", f"--port={port}"]
-    server = served(arguments, f"{address}/static/", os.environ | {"SCANLIB_FAST": "1"})
+    server = served(arguments, f"{address}/static/", {"SCANLIB_FAST": "1"} | os.environ)
     try:
         page.goto(address, timeout=300_000)
         box = page.locator(".jp-OutputArea-output", has=page.locator(".widget-upload")).first
