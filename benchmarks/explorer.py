@@ -1,4 +1,4 @@
-"""How quickly the explorer answers: from a control's change to the new picture's bytes. `python benchmarks/explorer.py`
+"""How quickly the explorer answers: from a changed view to the new picture's bytes. `python benchmarks/explorer.py`
 
 Writes benchmarks/EXPLORER.md. Signs at 64 px with what ships; ViT-Tiny at 224 px with random weights and an untrained decoder:
 neither changes what is computed.
@@ -71,7 +71,8 @@ def main() -> None:
             low, high = torch.tensor(times).quantile(torch.tensor([0.5, 0.95])).tolist()
             lines.append(f"| {kind} | {name} | {low:.0f} | {high:.0f} |")
     told = f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-    text = "# The explorer's answer\n\nFrom a control's change to the new picture: SCAN and two more methods side by side.\n\n"
+    text = "# The explorer's answer\n\nFrom a changed view to the new picture's bytes, without the way to the browser. "
+    text += "SCAN and two more methods side by side.\n\n"
     text += "\n".join(lines) + f"\n\n{told}. One run of `python benchmarks/explorer.py`.\n"
     Path(__file__).with_name("EXPLORER.md").write_text(text, "utf-8")
     print(text)

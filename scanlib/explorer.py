@@ -4,7 +4,8 @@ scene = Explorable(model, images, {"SCAN": {"layer4": scanner}, "Grad-CAM": Grad
 picture = scene.render(View(image=2, layer="layer4", percentile=90))         # (H, W, 3) uint8
 
 Whatever the model computed is kept: features and gradients by picture, layer and class, maps by these and the percentile, so that
-opacity and colours never touch a network, and a percentile only the decoder. Drawn with arrays and Pillow.
+opacity and colours never touch a network, and a percentile only the decoder, and the model once to try the new map out. A decoder
+that is trained further is noticed; after a change of the model itself call ``scene.forget()``. Drawn with arrays and Pillow.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from scanlib.explainer import prepared
 from scanlib.hooks import evaluating, logits_of
-from scanlib.maps import unit_range
+from scanlib.maps import resized, unit_range
 from scanlib.masking import percentile_of_positives
 from scanlib.plots import to_pixels
 from scanlib.removal import mean_colour
@@ -25,6 +26,7 @@ from scanlib.scan import SCAN
 
 STRIPS = ("none", "layers", "percentiles")
 FILM = (0, 20, 40, 60, 80, 90, 95, 99)
+KEPT = 200  # what is kept in memory, in maps and features of a picture
 BLANK = np.full((8, 8, 3), 235, np.uint8)  # where there is no map
 PANEL, LINE = 176, 14  # pixels
 
@@ -62,8 +64,8 @@ class Explorable:
 
     Args:
         model: (N, 3, H, W) preprocessed -> logits. images: (N, 3, H, W) in [0, 255].
-        explainers: by name, each one of: a dictionary from layer names to trained ``SCAN``s; a class of explainer, built for the
-            layer in view; any callable ``(images, target) -> maps (N, H, W)``, which has no choice of layer.
+        explainers: by name, each one of: a trained ``SCAN``, or a dictionary of them by layer; a class of explainer, built for
+            the layer in view; any callable ``(images, target) -> maps (N, h, w)``, which has no choice of layer.
         preprocess: images in [0, 255] -> the model's input. classes: their names. layers: names to choose from; left out, those
             that SCANs were trained for.
 
@@ -82,6 +84,7 @@ class Explorable:
     ):
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
             raise ValueError("images must be a tensor (N, 3, H, W) with one picture or more; put [None] behind a single one")
+        explainers = {name: {e.layer_name: e} if isinstance(e, SCAN) else e for name, e in explainers.items()}
         strange = [n for n, e in explainers.items() if not (callable(e) or (isinstance(e, Mapping) and _are_scans(e)))]
         if strange or not explainers:
             raise ValueError(f"explainers {strange}: give a dictionary from layers to SCANs, a class of explainer, or a callable")
@@ -90,27 +93,42 @@ class Explorable:
         scans = [layer for explainer in explainers.values() if isinstance(explainer, Mapping) for layer in explainer]
         self.layers = list(dict.fromkeys(layers or scans)) or [None]
         self._kept: dict[tuple, object] = {}
-        self.classes = list(classes) if classes is not None else [str(c) for c in range(len(self.probabilities(0)))]
+        count = len(self.probabilities(0))
+        self.classes = list(classes) if classes is not None else [str(c) for c in range(count)]
+        if len(self.classes) != count:
+            raise ValueError(f"classes names {len(self.classes)}, and the model has {count}")
 
     def add(self, image: Tensor) -> int:
-        """Take in one more picture (3, H, W) in [0, 255], resized to the others' size; its number."""
-        if image.shape[-2:] != self.images.shape[-2:]:
-            image = F.interpolate(image[None], size=tuple(self.images.shape[-2:]), mode="bilinear", antialias=True)[0]
+        """Take in one more picture (3, h, w) in [0, 255], resized to cover the others' size, the centre cropped; its number."""
+        height, width = self.images.shape[-2:]
+        scale = max(height / image.shape[1], width / image.shape[2])
+        size = max(height, round(image.shape[1] * scale)), max(width, round(image.shape[2] * scale))
+        if size != tuple(image.shape[1:]):
+            image = F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        image = image[:, top : top + height, left : left + width]
         self.images = torch.cat([self.images, image[None].to(self.images)])
         return len(self.images) - 1
 
     def _once(self, *key, make: Callable[[], object]):
-        """What was made for this key, made when it is first asked for. The oldest is let go where there is too much."""
-        if key not in self._kept:
-            while len(self._kept) > 400:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = make()
+        """What was made for this key, made when it is first asked for. What was not asked for the longest goes first."""
+        self._kept[key] = self._kept.pop(key) if key in self._kept else make()  # the last one now
+        while len(self._kept) > KEPT:
+            self._kept.pop(next(iter(self._kept)))
         return self._kept[key]
+
+    def forget(self) -> None:
+        """Compute everything anew: after the model was changed, or a callable's mind."""
+        self._kept.clear()
 
     @torch.no_grad()
     def _run(self, images: Tensor) -> Tensor:
         with evaluating(self.model):
-            return logits_of(self.model(prepared(self.model, self.preprocess, images))).softmax(1).cpu()
+            outputs = logits_of(self.model(prepared(self.model, self.preprocess, images))).float().cpu()
+        if outputs.ndim != 2 or outputs.shape[1] < 2:
+            raise ValueError(f"the model returns {tuple(outputs.shape)}; the explorer takes classifiers of two classes or more")
+        probabilities = bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), torch.ones(len(outputs)), atol=1e-3)
+        return outputs if probabilities else outputs.softmax(1)
 
     def probabilities(self, image: int) -> Tensor:
         """Of a picture's classes, (K,)."""
@@ -131,6 +149,7 @@ class Explorable:
         for name, most in (("percentile", 100), ("opacity", 1), ("top", 100)):
             if not 0 <= getattr(view, name) <= most:
                 raise ValueError(f"{name} {getattr(view, name)} is out of range; give 0..{most}")
+        _table(view.colormap)  # refuses an unknown one
         if view.target is None:
             view = replace(view, target=int(self.probabilities(view.image).argmax()))
         if not 0 <= view.target < len(self.classes):
@@ -143,23 +162,33 @@ class Explorable:
         explainer = self.explainers[name]
         return explainer.get(view.layer) if isinstance(explainer, Mapping) else None
 
+    def _state(self, view: View, name: str) -> tuple:
+        """What tells a decoder from the same decoder trained further."""
+        scan = self._scan(view, name)
+        if scan is None or scan.decoder is None:
+            return ()
+        tensors = [*scan.decoder.parameters(), *scan.decoder.buffers()]
+        return id(scan.decoder), sum(tensor._version for tensor in tensors)
+
     def _features(self, view: View, name: str) -> tuple[Tensor, Tensor]:
         """What SCAN decodes; the model runs here, and not again for this picture, layer and class."""
         scan, image = self._scan(view, name), self.images[view.image : view.image + 1]
-        return self._once(name, view.image, view.layer, view.target, make=lambda: scan.extract(image, view.target))
+        key = (name, view.image, view.layer, view.target, id(scan.decoder))
+        return self._once("features", *key, make=lambda: scan.extract(image, view.target))
 
     def _decoded(self, view: View, name: str) -> tuple[Tensor, np.ndarray]:
         def make():
             confidence, rebuilt = self._scan(view, name).decode(*self._features(view, name), view.percentile)
             return confidence[0].cpu(), rebuilt[0].cpu().numpy()
 
-        return self._once(name, view.image, view.layer, view.target, view.percentile, make=make)
+        key = (name, view.image, view.layer, view.target, view.percentile, self._state(view, name))
+        return self._once("decoded", *key, make=make)
 
     def heat(self, view: View, name: str) -> Tensor | None:
         """A method's map of the view, (H, W) in [0, 1], on the CPU; None where SCAN has no decoder for the layer."""
         view, explainer = self.checked(view), self.explainers[name]
         if isinstance(explainer, Mapping):
-            return self._decoded(view, name)[0] if view.layer in explainer else None
+            return self._fitting(self._decoded(view, name)[0]) if view.layer in explainer else None
         image = self.images[view.image : view.image + 1]
         if isinstance(explainer, type):
             place = {} if view.layer is None else {"target_layer": view.layer}
@@ -167,8 +196,14 @@ class Explorable:
             def make():
                 return explainer(self.model, preprocess=self.preprocess, **place)(image, view.target)[0].cpu()
 
-            return self._once(name, view.image, view.layer, view.target, make=make)
-        return self._once(name, view.image, view.target, make=lambda: explainer(image, view.target)[0].cpu())
+            return self._fitting(self._once("heat", name, view.image, view.layer, view.target, make=make))
+        found = self._once("heat", name, view.image, view.target, make=lambda: explainer(image, view.target)[0].cpu())
+        return self._fitting(found)
+
+    def _fitting(self, heat: Tensor) -> Tensor:
+        if heat.ndim != 2:
+            raise ValueError(f"an explainer returns maps of shape {tuple(heat.shape)} for one picture; they must be (h, w)")
+        return resized(heat[None], self.images.shape[-2:])[0]
 
     def share(self, view: View, name: str) -> float:
         """Share of the features that SCAN's mask leaves, 0..1."""
@@ -194,7 +229,8 @@ class Explorable:
             found = self._run(torch.stack(kept))[:, view.target].tolist()
             return dict(zip(heats, found, strict=True))
 
-        key = (view.image, view.layer, view.target, view.methods, view.percentile, view.top, view.keep)
+        states = tuple(self._state(view, name) for name in view.methods)
+        key = (view.image, view.layer, view.target, view.methods, view.percentile, view.top, view.keep, states)
         return self._once("tried", *key, make=make) if heats else {}
 
     # --- the picture ---
@@ -236,13 +272,16 @@ class Explorable:
         return [replace(view, percentile=float(p)) for p in FILM]
 
     def _strip(self, view: View) -> list[tuple[np.ndarray, list[str]]]:
-        """The first method at every layer, or at every percentile."""
-        name = view.methods[0]
+        """The first method at every layer; the first SCAN at every percentile, which is nothing to the others."""
+        scans = [name for name in view.methods if isinstance(self.explainers[name], Mapping)]
+        if view.strip == "percentiles" and not scans:
+            return [(BLANK, ["no SCAN in view"])]
+        name = scans[0] if view.strip == "percentiles" else view.methods[0]
         places = self._places(view)
         heats = [self.heat(place, name) for place in places]
         titles = [str(place.layer) if view.strip == "layers" else f"P {place.percentile:g}" for place in places]
         drawn = [BLANK if heat is None else _over(self.images[view.image], heat, view) for heat in self._ranged(view, heats)]
-        return [(pixels, [title]) for pixels, title in zip(drawn, titles, strict=True)]
+        return [(pixels, [f"{name}, {title}"]) for pixels, title in zip(drawn, titles, strict=True)]
 
 
 def _are_scans(explainer: Mapping) -> bool:

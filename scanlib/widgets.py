@@ -54,7 +54,7 @@ class Explorer:
             "layer": w.Dropdown(options=[(str(layer), layer) for layer in self.scene.layers], description="layer"),
             "target": w.Dropdown(description="class"),
             "methods": w.SelectMultiple(options=list(self.scene.explainers), description="methods", rows=4),
-            "percentile": w.FloatSlider(min=0, max=99.5, step=0.5, description="percentile", **quiet),
+            "percentile": w.FloatSlider(min=0, max=100, step=0.1, description="percentile", **quiet),
             "opacity": w.FloatSlider(min=0, max=1, step=0.05, description="opacity", **quiet),
             "colormap": w.Dropdown(options=COLORMAPS, description="colours"),
             "shared": w.Checkbox(description="one range for all"),
@@ -107,19 +107,22 @@ class Explorer:
             return
         try:
             self.set(**{name: tuple(value) if name == "methods" else value})
-        except (ValueError, TypeError, RuntimeError) as error:
-            self._say(str(error))
+        except Exception as error:  # an explainer of the user's own raises what it likes
+            self._say(f"{type(error).__name__}: {error}")
 
     def _show(self) -> None:
         """Draw the view, and let every control stand where the view is."""
         try:
             self.picture.value = png(self.scene.render(self._view))
             self._say("")
-        except (ValueError, TypeError, RuntimeError) as error:
-            self._say(str(error))
+        except Exception as error:
+            self.picture.value = b""  # not the one before: controls and code have moved on
+            self._say(f"{type(error).__name__}: {error}")
         self._setting = True
         try:
             self.controls["target"].options = self._class_options()
+            colours = self.controls["colormap"]
+            colours.options = tuple(dict.fromkeys([*colours.options, self._view.colormap]))
             for name, control in self.controls.items():
                 control.value = getattr(self._view, name)
         finally:
@@ -156,9 +159,8 @@ class Explorer:
         files = list(value.values()) if isinstance(value, dict) else list(value)
         if not files:
             return
-        size = self.scene.images.shape[-1]
         try:
-            picture = read_image(io.BytesIO(bytes(files[-1]["content"])), size)
+            picture = read_image(io.BytesIO(bytes(files[-1]["content"])))
             number = self.scene.add(picture)
         except Exception as error:  # Pillow raises many kinds for what is no picture
             self._say(f"the upload could not be read: {error}")
@@ -168,6 +170,9 @@ class Explorer:
 
     def save(self) -> Path | None:
         """Write the picture in view as the next free explorer_NN.png; the snippet shows the code that makes it again."""
+        if not self.picture.value:
+            self._say("there is no picture to save")
+            return None
         try:
             self.save_to.mkdir(parents=True, exist_ok=True)
             number = 0

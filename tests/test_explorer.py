@@ -143,6 +143,48 @@ def test_what_can_not_be_explored(parts):
         Explorable(target.model, images, {"x": 3})
 
 
+def test_a_decoder_trained_further_is_noticed(parts):
+    target, images, _ = parts
+    scanner = SCAN(target.model, "layer4", (64, 64), device="cpu").set_preprocess(target.preprocess)
+    scanner.set_dataset([(images, torch.zeros(4).long())]).generate_decoder(ch_per_lv=[8, 8, 8, 8]).compile()
+    scanner.fit(1, verbose=False)
+    scene = Explorable(target.model, images, {"SCAN": scanner}, preprocess=target.preprocess)  # a bare SCAN is one of its layer
+    before = scene.heat(View(), "SCAN")
+    scanner.fit(1, verbose=False)
+    after = scene.heat(View(), "SCAN")
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, scanner(images[0])[0])
+
+
+def test_maps_of_another_size_and_pictures_that_are_not_square(parts):
+    target, _, _ = parts
+    images = torch.rand(2, 3, 96, 64) * 255
+    coarse = lambda images, target: torch.rand(len(images), 6, 4)  # noqa: E731
+    scene = Explorable(
+        target.model, images, {"coarse": coarse, "Grad-CAM": GradCAM}, preprocess=target.preprocess, layers=["layer4"]
+    )
+    assert scene.heat(View(), "coarse").shape == (96, 64) and scene.render(View()).ndim == 3
+    number = scene.add(torch.rand(3, 30, 50) * 255)
+    assert scene.images[number].shape == (3, 96, 64)
+    flat = lambda images, target: torch.rand(len(images), 1, 6, 4)  # noqa: E731
+    with pytest.raises(ValueError, match=r"maps of shape \(1, 6, 4\)"):
+        Explorable(target.model, images, {"flat": flat}, preprocess=target.preprocess).render(View())
+
+
+def test_models_of_probabilities_and_of_one_output(parts):
+    target, images, _ = parts
+    sure = torch.nn.Sequential(target.model, torch.nn.Softmax(1)).eval()
+    plain, soft = (
+        Explorable(model, images, {"x": lambda i, t: i[:, 0]}, preprocess=target.preprocess) for model in (target.model, sure)
+    )
+    torch.testing.assert_close(plain.probabilities(0), soft.probabilities(0))
+    one = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 1))
+    with pytest.raises(ValueError, match="two classes or more"):
+        Explorable(one, images, {"x": lambda i, t: i[:, 0]})
+    with pytest.raises(ValueError, match="classes names 2, and the model has 10"):
+        Explorable(target.model, images, {"Grad-CAM": GradCAM}, preprocess=target.preprocess, classes=["a", "b"])
+
+
 # --- the widget ---
 
 
@@ -161,6 +203,7 @@ def explorer(parts, tmp_path):
 
 
 def shows_its_view(explorer):
+    explorer.scene.forget()  # nothing may hang on what was kept
     return explorer.picture.value == png(explorer.scene.render(explorer.view))
 
 
@@ -196,6 +239,11 @@ def test_from_code_the_controls_follow(explorer):
     with pytest.raises(ValueError, match="image 99"):
         explorer.set(image=99)
     assert explorer.view.image == 2
+    explorer.set(colormap="jet", percentile=99.9)  # any of matplotlib's, though the list has five
+    assert explorer.controls["colormap"].value == "jet" and explorer.controls["percentile"].value == 99.9
+    with pytest.raises(ValueError, match="colormap 'jett'"):
+        explorer.set(colormap="jett")
+    assert explorer.view.colormap == "jet" and shows_its_view(explorer)
 
 
 def test_the_class_list_leads_with_the_five_most_probable(explorer):
@@ -221,6 +269,13 @@ def saved(array, kind="png"):
     return file.getvalue()
 
 
+def pixels_mean(pixels):
+    """Grey level, alpha laid on white."""
+    if pixels.ndim == 3 and pixels.shape[2] == 4:
+        return 99 * 99 / 255 + 255 * (1 - 99 / 255)
+    return pixels.mean() / (257 if pixels.dtype == np.uint16 else 1)
+
+
 @pytest.mark.parametrize(
     "pixels",
     [
@@ -236,6 +291,7 @@ def saved(array, kind="png"):
 def test_uploads_of_any_kind(explorer, pixels):
     upload(explorer, saved(pixels))
     assert explorer.view.image == 4 and len(explorer.thumbnails.children) == 5 and shows_its_view(explorer)
+    assert abs(float(explorer.scene.images[4].mean()) - pixels_mean(pixels)) < 2
     explorer._uploaded({"y.png": {"content": saved(pixels)}})  # ipywidgets 7
     assert explorer.view.image == 5
 
@@ -252,12 +308,13 @@ def test_errors_of_an_explainer_are_a_line(parts, tmp_path):
     target, images, _ = parts
 
     def refuses(images, target):
-        raise ValueError("not <this> one")
+        raise KeyError("not <this> one")
 
     explorer = Explorer(
         target.model, images, {"x": refuses, "Layer-CAM": LayerCAM}, preprocess=target.preprocess, save_to=tmp_path
     )
-    assert "not &lt;this&gt; one" in explorer.line.value
+    assert "KeyError" in explorer.line.value and "not &lt;this&gt; one" in explorer.line.value
+    assert explorer.save() is None and "no picture to save" in explorer.line.value
     explorer.controls["methods"].value = ("Layer-CAM",)
     assert not explorer.line.value and shows_its_view(explorer)
 
