@@ -80,8 +80,8 @@ def train_command(options: argparse.Namespace) -> None:
             if several and is_first():
                 text = "\n".join(f"| {' | '.join(row)} |" for row in table)
                 options.out.with_suffix(".md").write_text(f"{text}\n\nTest pictures, seed {run.seed}.\n", "utf-8")
-    if several and is_first():
-        print(text)
+        if several and is_first():
+            print(text)
 
 
 def _trained(run: Recipe, out: Path, options: argparse.Namespace, go_on: bool) -> dict[str, float]:

@@ -85,6 +85,8 @@ _MNIST = Recipe(data="mnist", classes=10, augment=False, epochs=10)
 _CONTEXT = Recipe(data="context", backbone="resnest26d", classes=30, batch_size=200, epochs=100, slots=3, key_layers=3)
 _CUB = Recipe(data="cub200", backbone="resnest50d", classes=25, epochs=150, key_layers=3)
 _IMAGENET = Recipe(data="imagenet", classes=10, backbone="resnest26d", batch_size=70, epochs=20, freeze=0, key_layers=3)
+_SIGNS = Recipe(backbone="signs_cnn", layer="layer3", freeze=3, lam=10.0, power=1.0, image_size=64, augment=False, epochs=8)
+_SIGNS = replace(_SIGNS, learning_rate=3e-3, schedule="one-cycle")
 PRESETS = {
     "imagenet-base": replace(_IMAGENET, head="base"),
     "imagenet-positive": _IMAGENET,
@@ -98,14 +100,9 @@ PRESETS = {
     "cub200-base": replace(_CUB, head="base"),
     "cub200-positive": replace(_CUB, slots=5, lam=10.0),
     "cub200-negative": replace(_CUB, head="negative", slots=3),
-    "signs-positive": (
-        signs := Recipe(
-            backbone="signs_cnn", layer="layer3", freeze=3, lam=10.0, power=1.0, image_size=64, augment=False, epochs=8,
-            learning_rate=3e-3, schedule="one-cycle",
-        )
-    ),
-    "signs-negative": replace(signs, head="negative"),
-}  # fmt: skip
+    "signs-positive": _SIGNS,
+    "signs-negative": replace(_SIGNS, head="negative"),
+}
 FROM_BASE = {name for name in PRESETS if name.split("-")[0] in ("context", "cub200") and "base" not in name} | {"mnist-positive"}
 
 
