@@ -7,7 +7,6 @@ counts. Peak memory is measured in processes of their own. Only ratios of one ru
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -28,6 +27,7 @@ import torchcam.methods  # noqa: E402
 import torchcam.metrics  # noqa: E402
 import torchvision  # noqa: E402
 from core import peak_memory  # noqa: E402
+from given_maps import GivenMaps  # noqa: E402
 from pytorch_grad_cam.ablation_layer import AblationLayerVit  # noqa: E402
 from pytorch_grad_cam.metrics import road as road_module  # noqa: E402
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget, ClassifierOutputTarget  # noqa: E402
@@ -235,22 +235,6 @@ def component_row(channels: int, side: int) -> str:
     return f"| {channels} x {side} x {side} | {times} | **{ratio:.0f}** | {difference:.0e} |"
 
 
-class Given:
-    """As much of a torchcam extractor as its metrics use; the maps are given."""
-
-    def __init__(self, model, maps: Tensor):
-        self.model, self.maps = model, maps
-
-    def __call__(self, *arguments, **options):
-        return [self.maps]
-
-    def fuse_cams(self, maps):
-        return maps[0]
-
-    def _hooks_off(self):
-        return contextlib.nullcontext()
-
-
 def metric_row(name: str, peer: str, case: str, images: Tensor, ours: Callable, theirs: Callable, model) -> str:
     """One call of each, once the model has run."""
     with torch.no_grad():
@@ -304,7 +288,7 @@ def metric_rows() -> list[str]:
             return torch.stack([scanlib.metrics.auc(each).mean() for each in found])
 
         def curves_theirs(model=model):
-            metric = torchcam.metrics.DeletionInsertionMetric(Given(model, maps), lambda logits: logits.softmax(-1), steps=16)
+            metric = torchcam.metrics.DeletionInsertionMetric(GivenMaps(model, maps), lambda logits: logits.softmax(-1), steps=16)
             metric.update(images)
             return torch.tensor(list(metric.summary().values()))
 

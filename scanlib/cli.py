@@ -24,7 +24,7 @@ from scanlib.explainer import Explainer, prepared
 from scanlib.hooks import evaluating, logits_of
 from scanlib.masking import MASKS
 from scanlib.metrics import black, blurred, imputed, mean_colour
-from scanlib.models import Target, load_target
+from scanlib.models import Target, load_target, named_weights
 from scanlib.plots import overlay
 from scanlib.scan import SCAN
 from scanlib.scouter import Scouter
@@ -135,11 +135,6 @@ def _scanner(target: Target, layer: str, image_size, mask_by: str, device) -> SC
     return SCAN(target.model, layer, image_size, device=device, mask_by=mask_by).set_preprocess(target.preprocess)
 
 
-def _weights(given: str) -> str | None:
-    """A path, DEFAULT, or None for none, however they are written."""
-    return {"none": None, "default": "DEFAULT"}.get(given.lower(), given)
-
-
 class _Unlabelled(Dataset):
     """A data set whose labels mean nothing to the model."""
 
@@ -161,7 +156,7 @@ def train_command(options) -> None:
         raise ValueError(f"--epochs {options.epochs}, --learning-rate {options.learning_rate}: both must be positive")
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder; give the file to write, as {options.out / 'decoder.pt'}")
-    weights = _weights(options.weights)
+    weights = named_weights(options.weights)
     target = load_target(options.model, weights)
     size = (options.image_size, options.image_size) if options.image_size else target.image_size
     if options.data == "signs":
@@ -256,7 +251,9 @@ def _by_method(options):
         trained, recipe = load_trained(options.scouter)
         model, preprocess, classes, size = cli_scouter.base_of(trained), trained.preprocess, trained.classes, recipe.image_size
     else:
-        target = _trained(options)[0] if options.decoder else load_target(options.model, _weights(options.weights or "DEFAULT"))
+        target = (
+            _trained(options)[0] if options.decoder else load_target(options.model, named_weights(options.weights or "DEFAULT"))
+        )
         model, preprocess, classes, size = target.model, target.preprocess, target.classes, target.image_size[0]
     images, target_class = _read(options, size), _class_number(options.target, classes)
     place = {"target_layer": options.layer} if options.layer else {}
@@ -301,7 +298,7 @@ def compare_command(options) -> None:
         size = scanner.image_size
         explainers |= {f"SCAN, P = {p:g}": partial(scanner.explain, percentile=p) for p in options.percentiles}
     else:
-        target = load_target(options.model, _weights(options.weights or "DEFAULT"))
+        target = load_target(options.model, named_weights(options.weights or "DEFAULT"))
         size = target.image_size
     device = _device(options)
     target.model.to(device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from scanlib.distributed import is_first, processes
 from scanlib.explainer import prepared
+from scanlib.models import named_weights
 from scanlib.plots import overlay
 from scanlib.scouter import Scouter
 from scanlib.scouter_recipes import FROM_BASE, PRESETS, Recipe, finished, sweep, train
@@ -55,7 +56,7 @@ def recipes(options: argparse.Namespace) -> list[Recipe]:
     given = {entry.name: getattr(options, entry.name) for entry in fields(Recipe) if getattr(options, entry.name) is not None}
     swept = {name: given.pop(name) for name in SWEPT if name in given}
     if "weights" in given:
-        given["weights"] = {"none": None, "default": "DEFAULT"}.get(given["weights"].lower(), given["weights"])
+        given["weights"] = named_weights(given["weights"])
     start = replace(PRESETS[options.preset] if options.preset else Recipe(), **given)
     if options.preset in FROM_BASE and not start.start:
         base = f"{options.preset.split('-')[0]}-base"

@@ -20,15 +20,14 @@ from scanlib.explainer import prepared
 from scanlib.hooks import evaluating, logits_of
 from scanlib.maps import resized, unit_range
 from scanlib.masking import percentile_of_positives
-from scanlib.plots import to_pixels
-from scanlib.removal import mean_colour
+from scanlib.plots import labelled_row, overlay, to_pixels
+from scanlib.removal import are_probabilities, mean_colour
 from scanlib.scan import SCAN
 
 STRIPS = ("none", "layers", "percentiles")
 FILM = (0, 20, 40, 60, 80, 90, 95, 99)
 KEPT = 200  # what is kept in memory, in maps and features of a picture
 BLANK = np.full((8, 8, 3), 235, np.uint8)  # where there is no map
-PANEL, LINE = 176, 14  # pixels
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,7 @@ class Explorable:
             outputs = logits_of(self.model(prepared(self.model, self.preprocess, images))).float().cpu()
         if outputs.ndim != 2 or outputs.shape[1] < 2:
             raise ValueError(f"the model returns {tuple(outputs.shape)}; the explorer takes classifiers of two classes or more")
-        probabilities = bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), torch.ones(len(outputs)), atol=1e-3)
-        return outputs if probabilities else outputs.softmax(1)
+        return outputs if are_probabilities(outputs) else outputs.softmax(1)
 
     def probabilities(self, image: int) -> Tensor:
         """Of a picture's classes, (K,)."""
@@ -136,6 +134,8 @@ class Explorable:
 
     def checked(self, view: View) -> View:
         """The view with its gaps filled in. Raises ValueError for what there is not."""
+        import matplotlib
+
         known = list(self.explainers)
         view = replace(view, layer=view.layer or self.layers[0], methods=tuple(view.methods) or tuple(known))
         if not 0 <= view.image < len(self.images):
@@ -149,7 +149,8 @@ class Explorable:
         for name, most in (("percentile", 100), ("opacity", 1), ("top", 100)):
             if not 0 <= getattr(view, name) <= most:
                 raise ValueError(f"{name} {getattr(view, name)} is out of range; give 0..{most}")
-        _table(view.colormap)  # refuses an unknown one
+        if view.colormap not in matplotlib.colormaps:
+            raise ValueError(f"colormap {view.colormap!r} is not known; take one of matplotlib's, as magma, viridis, cividis")
         if view.target is None:
             view = replace(view, target=int(self.probabilities(view.image).argmax()))
         if not 0 <= view.target < len(self.classes):
@@ -248,13 +249,13 @@ class Explorable:
                 panels.append((BLANK, [name, "no decoder for this layer"]))
                 continue
             said = f"{'kept' if view.keep else 'removed'} top {view.top:g} %: {tried[name]:.2f}"
-            panels.append((_over(image, shown, view), [name, said]))
+            panels.append((overlay(image, shown, view.opacity, view.colormap), [name, said]))
             if self._scan(view, name):
                 mask = f"P {view.percentile:g}: {100 * self.share(view, name):.1f} % of features"
                 panels.append((self._decoded(view, name)[1], [f"{name}, rebuilt", mask]))
-        rows = [_row(panels)]
+        rows = [labelled_row(panels)]
         if view.strip != "none":
-            rows.append(_row(self._strip(view), panel=max(64, rows[0].shape[1] // max(1, len(self._places(view))) - 6)))
+            rows.append(labelled_row(self._strip(view), panel=max(64, rows[0].shape[1] // max(1, len(self._places(view))) - 6)))
         width = max(row.shape[1] for row in rows)
         return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows])
 
@@ -280,52 +281,10 @@ class Explorable:
         places = self._places(view)
         heats = [self.heat(place, name) for place in places]
         titles = [str(place.layer) if view.strip == "layers" else f"P {place.percentile:g}" for place in places]
-        drawn = [BLANK if heat is None else _over(self.images[view.image], heat, view) for heat in self._ranged(view, heats)]
+        image, shown = self.images[view.image], self._ranged(view, heats)
+        drawn = [BLANK if heat is None else overlay(image, heat, view.opacity, view.colormap) for heat in shown]
         return [(pixels, [f"{name}, {title}"]) for pixels, title in zip(drawn, titles, strict=True)]
 
 
 def _are_scans(explainer: Mapping) -> bool:
     return len(explainer) > 0 and all(isinstance(scan, SCAN) for scan in explainer.values())
-
-
-_TABLES: dict[str, np.ndarray] = {}
-
-
-def _table(colormap: str) -> np.ndarray:
-    """A colour map's 256 colours, (256, 3) float32. Raises ValueError for an unknown name."""
-    if colormap not in _TABLES:
-        import matplotlib
-
-        if colormap not in matplotlib.colormaps:
-            raise ValueError(f"colormap {colormap!r} is not known; take one of matplotlib's, as magma, viridis, cividis")
-        _TABLES[colormap] = (matplotlib.colormaps[colormap](np.arange(256))[:, :3] * 255).astype(np.float32)
-    return _TABLES[colormap]
-
-
-def _over(image: Tensor, heat: Tensor, view: View) -> np.ndarray:
-    """The coloured map over the picture, (H, W, 3) uint8."""
-    index = (heat.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    pixels = to_pixels(image)
-    if index.shape != pixels.shape[:2]:
-        from PIL import Image
-
-        index = np.asarray(Image.fromarray(index).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR))
-    return ((1 - view.opacity) * pixels + view.opacity * _table(view.colormap)[index]).round().astype(np.uint8)
-
-
-def _row(panels: Sequence[tuple[np.ndarray, list[str]]], panel: int = PANEL) -> np.ndarray:
-    """Pictures of any size side by side, with lines of text above each: (H, W, 3) uint8."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    top = LINE * max(len(lines) for _, lines in panels) + 4
-    canvas = Image.new("RGB", (len(panels) * (panel + 6), panel + top + 4), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
-    for place, (pixels, lines) in enumerate(panels):
-        left = place * (panel + 6) + 3
-        height, width = pixels.shape[:2]
-        scale = panel / max(height, width)
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        canvas.paste(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST), (left, top))
-        for number, line in enumerate(lines):
-            draw.text((left, 2 + LINE * number), line, "dimgray" if number else "black", font)
-    return np.asarray(canvas)

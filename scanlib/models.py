@@ -125,6 +125,11 @@ def load_target(name: str, weights: str | os.PathLike | None = "DEFAULT") -> Tar
     return Target(model.eval(), preprocess, layer, classes, (size, size))
 
 
+def named_weights(given: str) -> str | None:
+    """As a command line has them: a path, DEFAULT, or None for none, however they are written."""
+    return {"none": None, "default": "DEFAULT"}.get(given.lower(), given)
+
+
 def _vit_tiny_target(weights):
     if weights == "DEFAULT" or (weights is not None and not Path(weights).is_file()):
         raise FileNotFoundError(

@@ -149,6 +149,26 @@ def curves(
     return figure
 
 
+def labelled_row(panels: Sequence[tuple[np.ndarray, list[str]]], panel: int = 176) -> np.ndarray:
+    """Pictures (h, w, 3) uint8 of any size side by side, ``panel`` pixels each, with lines of text above: (H, W, 3) uint8. By
+    Pillow, since a figure would take a tenth of a second."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    line_height = 14
+    top = line_height * max(len(lines) for _, lines in panels) + 4
+    canvas = Image.new("RGB", (len(panels) * (panel + 6), panel + top + 4), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    for place, (pixels, lines) in enumerate(panels):
+        left = place * (panel + 6) + 3
+        height, width = pixels.shape[:2]
+        scale = panel / max(height, width)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        canvas.paste(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST), (left, top))
+        for number, line in enumerate(lines):
+            draw.text((left, 2 + line_height * number), line, "dimgray" if number else "black", font)
+    return np.asarray(canvas)
+
+
 def standings(found, metrics: Sequence[str] = (), width: float = 1.7):
     """A ``Comparison`` at a glance: means and 95 % intervals, one panel a metric; baselines grey. Returns the figure."""
     import matplotlib.pyplot as plt

@@ -36,13 +36,18 @@ def class_score(model: nn.Module, preprocess: Callable[[Tensor], Tensor], classe
         if output.shape[1] < 2:
             raise ValueError("the model has a single output, whose softmax is always 1; write a score(images, index) of your own")
         if certain is None:
-            certain = bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < 1e-2).all())
+            certain = are_probabilities(output)
             if certain:
                 warnings.warn("the model returns probabilities: no softmax is taken of them", stacklevel=2)
         chosen = classes[index.to(classes.device)][:, None].to(output.device)
         return (output if certain else output.softmax(1)).gather(1, chosen)[:, 0]
 
     return score
+
+
+def are_probabilities(outputs: Tensor) -> bool:
+    """Is nothing in (N, K) negative, and does every row add up to one?"""
+    return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-2).all())
 
 
 def floating(images: Tensor) -> Tensor:

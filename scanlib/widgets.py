@@ -8,7 +8,6 @@ Each control only changes the ``View``; the picture is ``Explorable.render`` of 
 """
 
 import io
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scanlib.explorer import Explorable, View, _row
+from scanlib.explorer import Explorable, View
 from scanlib.photos import read_image
-from scanlib.plots import coloured, overlay, to_pixels
+from scanlib.plots import coloured, labelled_row, overlay, to_pixels
 from scanlib.scan import SCAN
 
 COLORMAPS = ("magma", "viridis", "cividis", "inferno", "gray")
@@ -148,7 +147,7 @@ class Explorer:
 
         boxes = []
         for number, image in enumerate(self.scene.images):
-            small = _row([(to_pixels(image), [str(number)])], panel=56)
+            small = labelled_row([(to_pixels(image), [str(number)])], panel=56)
             button = w.Button(description="look", layout=w.Layout(width="64px"))
             button.on_click(lambda _, number=number: self._changed("image", number))
             boxes.append(w.VBox([w.Image(value=png(small), format="png"), button]))
@@ -232,7 +231,7 @@ class TrainingCarousel:
         for image, heat, pixels in zip(self.images, confidence.cpu(), rebuilt.cpu().numpy(), strict=True):
             shown = [to_pixels(image), pixels, coloured(heat), overlay(image, heat)]
             names = [title, "rebuilt", "confidence", "overlay"] if not rows else [""] * 4
-            rows.append(_row([(panel, [name]) for panel, name in zip(shown, names, strict=True)], panel=128))
+            rows.append(labelled_row([(panel, [name]) for panel, name in zip(shown, names, strict=True)], panel=128))
         return np.concatenate(rows)
 
     def _move(self, by: int) -> None:
@@ -249,6 +248,3 @@ class TrainingCarousel:
 
     def _ipython_display_(self) -> None:
         self.show()
-
-
-__all__: Sequence[str] = ("Explorer", "TrainingCarousel", "View", "png")

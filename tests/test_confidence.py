@@ -1,8 +1,7 @@
-import contextlib
-
 import pytest
 import torch
 
+from benchmarks.given_maps import GivenMaps
 from scanlib.metrics import auc, black, class_score, confidences, drop, increase, mean_colour, removal_curves, win
 
 
@@ -34,22 +33,6 @@ def test_batches_and_one_image():
     assert confidences(score, images[:1], maps[:1])[0].shape == (1,) and confidences(score, images[:0], maps[:0])[1].shape == (0,)
 
 
-class Fixed:
-    """As much of a torchcam extractor as its metrics use; the maps are given."""
-
-    def __init__(self, model, maps):
-        self.model, self.maps = model, maps
-
-    def __call__(self, *arguments, **options):
-        return [self.maps]
-
-    def fuse_cams(self, maps):
-        return maps[0]
-
-    def _hooks_off(self):
-        return contextlib.nullcontext()
-
-
 @pytest.fixture
 def beside():
     """A model, images as it takes them, since torchcam dims those, and maps without ties."""
@@ -64,7 +47,7 @@ def beside():
 def test_drop_and_increase_agree_with_torchcam(beside):
     metrics = pytest.importorskip("torchcam.metrics")
     model, images, maps, score = beside
-    metric = metrics.ClassificationMetric(Fixed(model, maps), lambda logits: logits.softmax(-1))
+    metric = metrics.ClassificationMetric(GivenMaps(model, maps), lambda logits: logits.softmax(-1))
     metric.update(images, [2, 0] * 4)
     theirs = metric.summary()
     before, after = confidences(score, images, maps)
@@ -76,7 +59,7 @@ def test_drop_and_increase_agree_with_torchcam(beside):
 def test_deletion_and_insertion_agree_with_torchcam(beside):
     metrics = pytest.importorskip("torchcam.metrics")
     model, images, maps, score = beside
-    metric = metrics.DeletionInsertionMetric(Fixed(model, maps), lambda logits: logits.softmax(-1), steps=16)
+    metric = metrics.DeletionInsertionMetric(GivenMaps(model, maps), lambda logits: logits.softmax(-1), steps=16)
     metric.update(images, [2, 0] * 4)
     theirs = metric.summary()
     deletion, insertion = removal_curves(score, images, maps, steps=16, fill=black)

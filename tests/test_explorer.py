@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from scanlib import SCAN, GradCAM, LayerCAM, Signs, load_target
-from scanlib.explorer import FILM, Explorable, View, _over
+from scanlib.explorer import FILM, Explorable, View
 from scanlib.masking import percentile_of_positives
 from scanlib.models import CHECKPOINTS
 from scanlib.widgets import Explorer, TrainingCarousel, png
@@ -30,17 +30,14 @@ def parts():
     return target, images, explainers
 
 
+def options(target):
+    return {"preprocess": target.preprocess, "classes": target.classes, "layers": ["layer4", "layer2", "layer3"]}
+
+
 @pytest.fixture
 def scene(parts):
     target, images, explainers = parts
-    return Explorable(
-        target.model,
-        images,
-        explainers,
-        preprocess=target.preprocess,
-        classes=target.classes,
-        layers=["layer4", "layer2", "layer3"],
-    )
+    return Explorable(target.model, images, explainers, **options(target))
 
 
 def test_maps_are_the_explainers_own(scene, parts):
@@ -78,16 +75,6 @@ def test_the_picture(scene):
     assert not np.array_equal(wide, scene.render(View(methods=("SCAN", "Grad-CAM"), colormap="viridis")))
     assert not np.array_equal(wide, scene.render(View(methods=("SCAN", "Grad-CAM"), shared=True)))
     assert scene.render(View(layer="layer3")).shape[1] == 4 * 182  # a grey panel where there is no decoder
-
-
-def test_overlay_by_hand():
-    image, heat = (
-        torch.full((3, 4, 4), 100.0),
-        torch.tensor([[0.0, 1.0], [0.0, 1.0]]).repeat_interleave(2, 0).repeat_interleave(2, 1),
-    )
-    drawn = _over(image, heat, View(opacity=0.5, colormap="gray"))
-    assert (drawn[:, :2] == 50).all() and np.isin(drawn[:, 2:], (177, 178)).all()
-    assert (_over(image, heat, View(opacity=0.0)) == 100).all()
 
 
 def test_the_model_runs_once_a_picture_layer_and_class(scene, parts):
@@ -191,15 +178,7 @@ def test_models_of_probabilities_and_of_one_output(parts):
 @pytest.fixture
 def explorer(parts, tmp_path):
     target, images, explainers = parts
-    return Explorer(
-        target.model,
-        images,
-        explainers,
-        preprocess=target.preprocess,
-        classes=target.classes,
-        layers=["layer4", "layer2", "layer3"],
-        save_to=tmp_path,
-    )
+    return Explorer(target.model, images, explainers, save_to=tmp_path, **options(target))
 
 
 def shows_its_view(explorer):

@@ -43,32 +43,34 @@ def test_version_and_citation():
     assert citation["license"] == "Apache-2.0" and "2603.06523" in citation["references"][0]["url"]
 
 
+FLOORS = [
+    {
+        "checkpoint",
+        "hooks",
+        "loss",
+        "decoders",
+        "maps",
+        "masking",
+        "randomness",
+        "signs",
+        "photos",
+        "plots",
+        "targets",
+        "freezing",
+        "distributed",
+    },
+    {"data", "explainer", "formulas", "tail", "localisation", "quality", "published"},
+    {"attention", "models", "removal", "sanity", "feature_cache", "trainer"},
+    {"cams", "factorization", "fullgrad", "confidence", "road", "stability", "backbones", "scouter"},
+    {"perturbation", "scan", "metrics", "scouter_recipes"},
+    {"comparison", "cli_scouter", "explorer"},
+    {"cli", "widgets"},
+    {"__main__", "__init__"},
+]
+
+
 def test_a_file_imports_only_from_the_floors_below():
-    floors = [
-        {
-            "checkpoint",
-            "hooks",
-            "loss",
-            "decoders",
-            "maps",
-            "masking",
-            "randomness",
-            "signs",
-            "photos",
-            "plots",
-            "targets",
-            "freezing",
-            "distributed",
-        },
-        {"data", "explainer", "formulas", "tail", "localisation", "quality", "published"},
-        {"attention", "models", "removal", "sanity", "feature_cache", "trainer"},
-        {"cams", "factorization", "fullgrad", "confidence", "road", "stability", "backbones", "scouter"},
-        {"perturbation", "scan", "metrics", "scouter_recipes"},
-        {"comparison", "cli_scouter", "explorer"},
-        {"cli", "widgets"},
-        {"__main__", "__init__"},
-    ]
-    floor = {name: level for level, names in enumerate(floors) for name in names}
+    floor = {name: level for level, names in enumerate(FLOORS) for name in names}
     for path in (ROOT / "scanlib").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             names = []
@@ -76,6 +78,17 @@ def test_a_file_imports_only_from_the_floors_below():
                 names = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
             for name in names:
                 assert floor[name] < floor[path.stem], f"{path.name} imports {name}"
+
+
+def test_the_readmes_tree_has_these_floors():
+    tree = (ROOT / "README.md").read_text("utf-8").split("## The tree")[1]
+    floors: list[set[str]] = []
+    for name, floor in re.findall(r"^  (\w+)\.py +(floor \d)?", tree, re.M):
+        if floor:
+            assert floor == f"floor {len(floors)}"
+            floors.append(set())
+        floors[-1].add(name)
+    assert floors == FLOORS[:-1]
 
 
 def test_links_are_the_projects():
