@@ -33,8 +33,10 @@ from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, self
 from scanlib.models import SmallResNet, load_target, small_vit
 from scanlib.perturbation import ISCAM, SSCAM, AblationCAM, ScoreCAM
 from scanlib.scan import SCAN
-from scanlib.scouter import Scouter, XSlotAttention, scouter_loss
+from scanlib.scouter import Scouter
 from scanlib.scouter_recipes import load_scouter
+from scanlib.scouter_training import scouter_loss
+from scanlib.slot_attention import XSlotAttention
 from scanlib.trainer import Trainer
 
 __version__ = "0.1.0"

@@ -15,105 +15,18 @@ with the lowest logit shows why it is not that one.
 """
 
 import copy
-import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scanlib.distributed import summed
-from scanlib.explainer import Explainer, exact
+from scanlib.explainer import Explainer
 from scanlib.freezing import Frozen
 from scanlib.hooks import Layout, Target, evaluating, resolve_layer, target_scores
 from scanlib.maps import resized
 from scanlib.models import default_layer
-
-
-class Slots(NamedTuple):
-    """What slot attention returns: logits (B, K), attention (B, K, slots, ...) in [0, 1]."""
-
-    logits: Tensor
-    attention: Tensor
-
-
-class XSlotAttention(nn.Module):
-    """Slots of every class look at the values, three times, each time knowing what they saw before (paper, Sect. 3.2).
-
-    Args:
-        classes: K. channels: d, of values and slots. slots: per class. iterations: how often they look.
-        key_layers: linear layers that make keys, with ReLU in between.
-        sign: +1, what is found speaks for the class; -1, against it.
-        rescale: every row of scores scaled to the sum of all, as in the released code and not in the paper. It couples every
-            class to every other.
-
-    Slots are drawn once from a normal distribution and learned.
-    """
-
-    def __init__(
-        self,
-        classes: int,
-        channels: int = 64,
-        slots: int = 1,
-        iterations: int = 3,
-        key_layers: int = 1,
-        sign: int = 1,
-        rescale=False,
-    ):
-        super().__init__()
-        for name, value in {"classes": classes, "slots": slots, "iterations": iterations, "key_layers": key_layers}.items():
-            if value != int(value) or value < 1:
-                raise ValueError(f"{name} {value} is no count; give 1 or more")
-        if sign not in (1, -1):
-            raise ValueError(f"sign {sign!r} is not known; take +1, evidence for a class, or -1, against it")
-        self.classes, self.iterations, self.sign, self.rescale = classes, iterations, sign, rescale
-        self.slots = nn.Parameter(torch.randn(classes * slots, channels))
-        layers = [layer for _ in range(key_layers) for layer in (nn.Linear(channels, channels), nn.ReLU())]
-        self.keys = nn.Sequential(*layers[:-1])
-        self.update = nn.GRUCell(channels, channels)
-
-    def forward(self, values: Tensor, positions: Tensor) -> Slots:
-        """Values (B, N, d), not negative, and the code of their places (N, d) -> logits (B, K), attention (B, K, slots, N).
-
-        Raises FloatingPointError where rescaling would divide by zero.
-        """
-        batch, _, channels = values.shape
-        keys = self.keys(values + positions)  # (B, N, d): only keys know where they are
-        slots = self.slots.to(keys.dtype).expand(batch, -1, -1)  # (B, S, d), S = K * slots
-        for iteration in range(self.iterations):
-            if iteration:
-                slots = self.update(found.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)  # noqa: F821
-            scores = slots @ keys.mT / math.sqrt(channels)  # (B, S, N)
-            if self.rescale:
-                scores = _rescaled(scores)
-            attention = scores.sigmoid()  # no softmax: slots do not compete
-            found = attention @ values / channels  # (B, S, d)
-        logits = self.sign * exact(found).unflatten(1, (self.classes, -1)).sum((2, 3))
-        return Slots(logits, attention.unflatten(1, (self.classes, -1)))
-
-
-def _rescaled(scores: Tensor) -> Tensor:
-    """Each row times the sum of all rows over its own."""
-    sums = scores.sum(2, keepdim=True)
-    if (sums == 0).any():
-        raise FloatingPointError("a slot's scores sum to zero, so they can not be rescaled; take rescale=False, as in the paper")
-    return scores / sums * sums.sum(1, keepdim=True)
-
-
-def position_code(height: int, width: int, channels: int) -> Tensor:
-    """Sines and cosines of the row, then of the column, d / 2 channels each: (h * w, d), row by row (Carion et al. 2020, DETR).
-
-    Rows and columns run over (0, 2 pi] whatever their number; the k-th pair has the frequency 10000 ^ (-4 k / d).
-    """
-    frequency = 10_000 ** (-4 / channels * torch.arange(channels // 4))
-
-    def code(count):
-        angle = 2 * math.pi / count * torch.arange(1, count + 1)[:, None] * frequency  # (count, d / 4)
-        return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)  # (count, d / 2)
-
-    rows, columns = code(height)[:, None].expand(-1, width, -1), code(width)[None].expand(height, -1, -1)
-    return torch.cat([rows, columns], 2).flatten(0, 1)
+from scanlib.slot_attention import Slots, XSlotAttention, position_code
 
 
 class Scouter(nn.Module):
@@ -276,81 +189,3 @@ def _stretched(attention: Tensor) -> Tensor:
     """(N, K, h, w), min-max over all classes and pixels of an image."""
     low, high = attention.amin((1, 2, 3), keepdim=True), attention.amax((1, 2, 3), keepdim=True)
     return (attention - low) / (high - low).clamp_min(torch.finfo(attention.dtype).tiny)
-
-
-# --- training ---
-
-
-def scouter_loss(logits: Tensor, attention: Tensor, labels: Tensor, lam: float = 1.0, power: float = 2.0) -> Tensor:
-    """Cross-entropy + lam * (mean attention) ^ power (paper, Eqs. 7 and 8). The area term makes the explanation: without it
-    nothing keeps the slots from looking everywhere."""
-    return F.cross_entropy(logits, labels) + lam * attention.mean() ** power
-
-
-def scouter_step(
-    scouter: Scouter, lam: float = 1.0, power: float = 2.0, device="cpu", *, encoded: bool = False, patience: int = 100
-) -> Callable:
-    """The step of a Scouter, for ``Trainer``: (images in [0, 255], labels) -> loss, Slots, labels; with ``encoded``, batches
-    hold a frozen backbone's features in the images' place.
-
-    Raises FloatingPointError after ``patience`` training steps in a row in which the logits of no image differ: the sigmoids are
-    all 0, or all 1, and send no gradient. The loss stays finite then, and would not tell.
-    """
-    still = 0
-
-    def step(batch, training):
-        nonlocal still
-        images, labels = batch[0].to(device), batch[1].to(device)
-        slots = scouter.look(images) if encoded else scouter.attend(scouter.preprocess(images))
-        if training:
-            logits = slots.logits.detach()
-            apart = summed([float((logits.amax(1) - logits.amin(1)).amax())], logits.device)[0]
-            still = still + 1 if apart < 0.01 else 0
-            if still >= patience:
-                area = float(slots.attention.detach().mean())
-                raise FloatingPointError(
-                    f"the slots died: for {still} steps all classes had the same logit, at a mean attention of {area:.1g}; start "
-                    f"from a backbone trained with its own head, or take lam below {lam:g} or a smaller learning rate"
-                )
-        return scouter_loss(*slots, labels, lam, power), slots, labels
-
-    return step
-
-
-class _Mean:
-    """A mean over images."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self) -> None:
-        self.sum, self.seen = 0.0, 0
-
-    @torch.no_grad()
-    def update(self, target: Tensor, slots: Slots) -> None:
-        values = self.values(target, slots)
-        self.sum, self.seen = self.sum + float(values.sum()), self.seen + len(values)
-
-    def compute(self) -> float:
-        return self.sum / self.seen if self.seen else math.nan
-
-
-class Area(_Mean):
-    """Raw area: the mean attention of all classes' slots, in [0, 1]."""
-
-    def values(self, target, slots):
-        return exact(slots.attention).flatten(1).mean(1)
-
-
-class OwnArea(_Mean):
-    """Raw area of the label's class, in [0, 1]."""
-
-    def values(self, target, slots):
-        return exact(slots.attention[torch.arange(len(target)), target]).flatten(1).mean(1)
-
-
-class LogitRange(_Mean):
-    """How far an image's logits lie apart, largest less smallest. It falls to 0 when the slots die."""
-
-    def values(self, target, slots):
-        return slots.logits.amax(1) - slots.logits.amin(1)

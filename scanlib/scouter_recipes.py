@@ -24,7 +24,8 @@ from scanlib.data import PhotoFolder, Signs
 from scanlib.distributed import count, first_first, is_first, shared, together
 from scanlib.feature_cache import FeatureCache
 from scanlib.freezing import Frozen
-from scanlib.scouter import Area, LogitRange, OwnArea, Scouter, scouter_step
+from scanlib.scouter import Scouter
+from scanlib.scouter_training import Area, LogitRange, OwnArea, scouter_step
 from scanlib.trainer import Accuracy, Trainer, classifier_step
 
 DATA = {"mnist": published.MNIST, "context": published.ConText, "cub200": published.CUB200, "imagenet": published.ImageNetSubset}

@@ -60,11 +60,12 @@ FLOORS = [
         "distributed",
     },
     {"data", "explainer", "formulas", "tail", "localisation", "quality", "published"},
-    {"attention", "models", "removal", "sanity", "feature_cache", "trainer"},
+    {"attention", "models", "removal", "sanity", "feature_cache", "trainer", "slot_attention"},
     {"cams", "factorization", "fullgrad", "confidence", "road", "stability", "backbones", "scouter"},
-    {"perturbation", "scan", "metrics", "scouter_recipes"},
-    {"comparison", "cli_scouter", "explorer"},
-    {"cli", "widgets"},
+    {"perturbation", "scan", "metrics", "scouter_training", "comparison_table"},
+    {"comparison", "scouter_recipes", "explorer"},
+    {"cli_scouter", "widgets"},
+    {"cli"},
     {"__main__", "__init__"},
 ]
 

@@ -7,17 +7,9 @@ import torchvision
 from torch import nn
 
 from scanlib import FeatureTap, GradCAM
-from scanlib.scouter import (
-    Area,
-    LogitRange,
-    OwnArea,
-    Scouter,
-    Slots,
-    XSlotAttention,
-    position_code,
-    scouter_loss,
-    scouter_step,
-)
+from scanlib.scouter import Scouter
+from scanlib.scouter_training import Area, LogitRange, OwnArea, scouter_loss, scouter_step
+from scanlib.slot_attention import Slots, XSlotAttention, position_code
 from tests.conftest import TinyNet
 
 
