@@ -2,7 +2,7 @@
 
 Nothing is downloaded. Three folders of yours:
 - photographs: pictures (any names), 500 or more;
-- boxes: boxes.tsv (file, wnid, x0, y0, x1, y1; tabs between) and the pictures it names under images/, as Tiny-ImageNet's validation;
+- boxes: boxes.tsv (file, wnid, x0, y0, x1, y1; tabs between) and the pictures it names under images/ (Tiny-ImageNet, validation);
 - weights: squeezenet1_1.pth and vit_tiny_patch16_224.pth, state dicts as torchvision lays them out.
 
 Which part a picture belongs to is a function of its file's name, fixed before anything was measured: settings are chosen on the
