@@ -26,9 +26,9 @@ from scanlib import decoders
 from scanlib.checkpoint import load_checkpoint, save_checkpoint
 from scanlib.explainer import quick
 from scanlib.feature_cache import Encoded, FeatureCache, pictures, repeats
-from scanlib.hooks import FeatureTap, Layout, class_indices, is_callables, resolve_layer
+from scanlib.hooks import FeatureTap, Layout, Target, class_indices, is_callables, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, split_outputs
-from scanlib.maps import stretched
+from scanlib.maps import resized, stretched
 from scanlib.masking import MASKS, blur_to_grid, mask_scores, percentile_of_positives
 from scanlib.models import default_layer
 from scanlib.trainer import Trainer
@@ -322,12 +322,12 @@ class SCAN:
     # --- explaining ---
 
     @torch.no_grad()
-    def __call__(self, image: Tensor, class_idx=None, percentile: float = 95) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Tensor, class_idx=None, percentile: float | Sequence[float] = 95) -> tuple[Tensor, Tensor]:
         """Explain: image (3, H, W) or (N, 3, H, W) in [0, 255] -> confidence (H, W) float32 in [0, 1] and reconstruction (H,
         W, 3) uint8 at ``image_size``, on the CPU; both with a leading N when the input has one.
 
         class_idx: a class, one per image, or None for the predicted one. percentile: share of the positive gradient entries
-        that is masked away, 0..100; high values leave the strongest evidence only.
+        that is masked away, 0..100; high values leave the strongest evidence only. Several: the mean of their maps.
         """
         features, scores = self.extract(image, class_idx)
         confidence, reconstruction = self.decode(features, scores, percentile)
@@ -335,16 +335,28 @@ class SCAN:
             confidence, reconstruction = confidence[0], reconstruction[0]
         return confidence.cpu(), reconstruction.cpu()
 
-    def explain(self, images: Tensor, target=None, percentile: float = 95, normalize: bool = True) -> Tensor:
+    def explain(
+        self,
+        images: Tensor,
+        target=None,
+        percentile: float | Sequence[float] = 95,
+        normalize: bool = True,
+        *,
+        evidence: Callable[[Tensor, Target], Tensor] | None = None,
+    ) -> Tensor:
         """The call every explainer answers: images (N, 3, H, W) -> maps (N, H, W) at the images' size, on their device.
 
-        target: None (predicted class), a class, one per image, or callables on an image's outputs. normalize=True stretches each
-        map to [0, 1]; False gives the confidence as it is, at the decoder's resolution.
+        target: None (predicted class), a class, one per image, or callables on an image's outputs. percentile: as in ``decode``.
+        normalize=True stretches each map to [0, 1]; False gives the confidence as it is, at the decoder's resolution.
+        evidence: another explainer, whose maps in [0, 1] the confidence is multiplied by: SCAN says how far the evidence reaches,
+        the other one how much it weighs at each place.
         """
         with torch.no_grad():
-            outputs = self._decode(self._masked(*self.extract(images, target), _checked_percentile(percentile)))
-            confidence, _ = split_outputs(outputs)
-            maps = stretched(confidence[:, 0], images.shape[-2:]) if normalize else confidence[:, 0]
+            pictures = self._images(images)
+            confidence = self._outputs(*self._extract(pictures, target), percentile)[:, 0]
+            if evidence is not None:
+                confidence = confidence * resized(evidence(pictures, target).to(confidence), confidence.shape[-2:])
+            maps = stretched(confidence, images.shape[-2:]) if normalize else confidence
         return maps.to(images.device)
 
     def extract(self, images: Tensor, target=None) -> tuple[Tensor, Tensor]:
@@ -377,15 +389,21 @@ class SCAN:
         return features, scores
 
     @torch.no_grad()
-    def decode(self, features: Tensor, scores: Tensor, percentile: float = 95) -> tuple[Tensor, Tensor]:
-        """Of ``extract``: confidence (N, H, W) float32 in [0, 1], reconstruction (N, H, W, 3) uint8, at ``image_size``."""
-        outputs = self._decode(self._masked(features, scores, _checked_percentile(percentile)))
-        confidence, reconstruction = split_outputs(outputs)
-        both = F.interpolate(
-            torch.cat([confidence, reconstruction], 1), size=self.image_size, mode="bilinear", align_corners=False
-        )
+    def decode(self, features: Tensor, scores: Tensor, percentile: float | Sequence[float] = 95) -> tuple[Tensor, Tensor]:
+        """Of ``extract``: confidence (N, H, W) float32 in [0, 1], reconstruction (N, H, W, 3) uint8, at ``image_size``.
+
+        percentile: 0..100, or several, whose maps are averaged: places that stand harder masks rank higher.
+        """
+        outputs = self._outputs(features, scores, percentile)
+        both = F.interpolate(outputs, size=self.image_size, mode="bilinear", align_corners=False)
         pixels = ((both[:, 1:] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return both[:, 0], pixels.permute(0, 2, 3, 1)
+
+    def _outputs(self, features: Tensor, scores: Tensor, percentile: float | Sequence[float]) -> Tensor:
+        """(N, 4, h', w'): confidence and reconstruction at a percentile, or the mean of several."""
+        several = percentile if isinstance(percentile, (tuple, list)) and percentile else [percentile]
+        found = [self._decode(self._masked(features, scores, p)) for p in map(_checked_percentile, several)]
+        return torch.stack([torch.cat(split_outputs(outputs), 1) for outputs in found]).mean(0)
 
     def _decode(self, masked: Tensor) -> Tensor:
         self._need_decoder("generate_decoder() and fit(), or load_decoder(path)")

@@ -767,3 +767,54 @@ def test_empty_loader(tiny):
             scanner.fit(1, verbose=False, cache=cache)
     with pytest.raises(ValueError, match="cache 'yes' is not known"):
         scanner.fit(1, cache="yes")
+
+
+# --- several percentiles, and evidence ---
+
+
+def test_several_percentiles_are_the_mean_of_their_maps(tiny):
+    scanner, images = ready(tiny), pictures().tensors[0]
+    features, scores = scanner.extract(images)
+    one = [scanner.decode(features, scores, p)[0] for p in (60, 80, 95)]
+    several, rebuilt = scanner.decode(features, scores, (60, 80, 95))
+    torch.testing.assert_close(several, sum(one) / 3)
+    assert not torch.allclose(one[0], one[2]) and rebuilt.dtype == torch.uint8
+    torch.testing.assert_close(scanner(images, percentile=[60, 80, 95])[0], several)
+    maps = scanner.explain(images, percentile=(60, 80, 95), normalize=False)
+    torch.testing.assert_close(maps, sum(scanner.explain(images, None, p, normalize=False) for p in (60, 80, 95)) / 3)
+
+
+@pytest.mark.parametrize("wrong", [(), (50, 101), ("95",), "95"])
+def test_percentiles_that_are_none(tiny, wrong):
+    scanner = ready(tiny)
+    with pytest.raises(ValueError, match="percentile .* out of range; give a number in 0..100"):
+        scanner.explain(pictures().tensors[0], percentile=wrong)
+
+
+def test_evidence_multiplies_the_confidence(tiny):
+    scanner, images, seen = ready(tiny), pictures().tensors[0], []
+    half = torch.zeros(len(images), 32, 32)
+    half[:, :, 16:] = 0.5
+
+    def evidence(pictures, target):
+        seen.append((pictures, target))
+        return half
+
+    confidence = scanner.explain(images, 3, 90, normalize=False)
+    weighed = scanner.explain(images, 3, 90, normalize=False, evidence=evidence)
+    middle = confidence.shape[-1] // 2
+    torch.testing.assert_close(weighed[:, :, middle + 1 :], confidence[:, :, middle + 1 :] / 2)
+    assert not weighed[:, :, : middle - 1].any() and confidence[:, :, : middle - 1].any()
+    assert seen[0][0].shape == images.shape and seen[0][1] == 3
+    ones = scanner.explain(images, 3, 90, evidence=lambda pictures, target: torch.ones(len(pictures), 8, 8))
+    torch.testing.assert_close(ones, scanner.explain(images, 3, 90))
+    weighed = scanner.explain(images, 3, 90, evidence=evidence)
+    assert weighed.amin((1, 2)).eq(0).all() and weighed.amax((1, 2)).eq(1).all()
+
+
+def test_evidence_sees_the_pictures_as_scan_does(tiny):
+    scanner, sizes = ready(tiny), []
+    maps = scanner.explain(
+        torch.rand(2, 3, 48, 40) * 255, evidence=lambda x, _: sizes.append(x.shape) or torch.ones(len(x), 4, 4)
+    )
+    assert sizes == [(2, 3, 32, 32)] and maps.shape == (2, 48, 40)
