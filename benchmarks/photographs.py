@@ -9,19 +9,40 @@ Which part a picture belongs to is a function of its file's name, fixed before a
 validation part, and the test part is for the one table at the end.
 """
 
+import argparse
 import csv
+import itertools
+import json
+import os
+import time
 import zlib
+from dataclasses import dataclass, fields
+from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
 
+import scanlib
+from scanlib import SCAN
+from scanlib.comparison_table import Comparison
 from scanlib.data import read_image
+from scanlib.localisation import box_masks, energy_inside
+from scanlib.metrics import centre_maps, random_maps
 from scanlib.models import Normalize
+from scanlib.removal import auc, blurred, class_score, mean_colour, removal_curves
 
 SIZE = 224
+RIVALS = {
+    "squeezenet1_1": ("GradCAM", "LayerCAM"),
+    "vit_tiny_patch16_224": ("GradCAM", "LayerCAM", "AttentionRelevance", "AttentionRollout", "LeGrad"),
+}
 
 
 def part_of(name: str) -> str:
@@ -59,3 +80,163 @@ def network(name: str, weights: Path) -> tuple[torch.nn.Module, str, Normalize]:
         layer, preprocess = "encoder.layers.encoder_layer_10", Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     model.load_state_dict(torch.load(weights / f"{name}.pth", weights_only=True))
     return model.eval().requires_grad_(False), layer, preprocess
+
+
+def views(images: Tensor, count: int, seed: int = 0) -> Tensor:
+    """The pictures, then ``count`` times as many: a random part of each, of 35 % or more, mirrored or not."""
+    change = v2.Compose([v2.RandomResizedCrop(SIZE, scale=(0.35, 1), antialias=True), v2.RandomHorizontalFlip()])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.cat([images, *(change(image)[None] for _ in range(count) for image in images)])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train, and the ways its decoders are read: (percentile or several, the explainer to multiply by or "")."""
+
+    network: str
+    mask_by: str = "gradient"
+    percentiles: tuple[float, float] = (70, 100)
+    at: tuple = ((95, ""),)
+    alpha: float = 4.0
+    rate: float = 3e-3
+    epochs: int = 5
+    views: int = 2
+    widths: tuple[int, ...] = (64, 64)
+    output_stride: int = 8
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def name(self) -> str:
+        changed = [f"{f.name} {getattr(self, f.name)}" for f in fields(self)[4:-1] if getattr(self, f.name) != f.default]
+        return ", ".join([f"{self.mask_by} {self.percentiles[0]:g}-{self.percentiles[1]:g}", *changed])
+
+
+class Bench:
+    """What all settings of a network share: the network, pictures to learn from and to judge by, encoded pictures."""
+
+    def __init__(self, name: str, folders, part: str, out: Path):
+        self.name, self.folders, self.part, self.out = name, folders, part, out
+        self.model, self.layer, self.preprocess = network(name, folders.weights)
+        self.images = photographs(folders.photographs, part).float()
+        self.boxed, boxes = boxed(folders.boxes, part)
+        self.masks = box_masks(boxes, (SIZE, SIZE))
+        self.classes, self.boxed_classes = self.predicted(self.images), self.predicted(self.boxed)
+        self.score = class_score(self.model, self.preprocess, self.classes)
+        self.cache = {}
+
+    @torch.no_grad()
+    def predicted(self, images: Tensor) -> Tensor:
+        return torch.cat([self.model(self.preprocess(some.float())).argmax(1) for some in images.split(32)])
+
+    def explainer(self, name: str):
+        place = {"target_layer": self.layer} if name.endswith("CAM") else {}
+        return getattr(scanlib, name)(self.model, preprocess=self.preprocess, **place)
+
+    def decoder(self, setting: Setting, seed: int) -> SCAN:
+        """A trained scanner; one that was killed goes on where it was."""
+        torch.manual_seed(seed)
+        scanner = SCAN(self.model, self.layer, (SIZE, SIZE), mask_by=setting.mask_by, device="cpu").set_preprocess(
+            self.preprocess
+        )
+        shape = {"ch_per_lv": setting.widths, "output_stride": setting.output_stride, "upsampling": "bilinear"}
+        scanner.generate_decoder(is_Transformer=False, **shape)
+        file = self.out / f"{self.name}-{setting.name}-{seed}.pt".replace(" ", "_")
+        if file.exists():
+            return scanner.load_decoder(file)
+        key = (setting.mask_by, setting.views, setting.output_stride)
+        if key not in self.cache:
+            pictures = photographs(self.folders.photographs, "train"), boxed(self.folders.boxes, "train")[0]
+            loader = DataLoader(TensorDataset(views(torch.cat(pictures), setting.views)), 32, shuffle=True)
+            self.cache = {key: scanner.encoded(loader)}  # the settings stand in order: one cache at a time
+        scanner.set_dataset(self.cache[key], setting.percentiles)
+        schedule = {"max_lr": setting.rate, "total_steps": setting.epochs * len(self.cache[key])}
+        one_cycle = torch.optim.lr_scheduler.OneCycleLR
+        scanner.compile(
+            setting.alpha, torch.optim.AdamW, scheduler_class=one_cycle, scheduler_kwargs=schedule, scheduler_interval="step"
+        )
+        scanner.fit(setting.epochs, seed=seed)
+        scanner.save_decoder(file)
+        return scanner
+
+    def figures(self, row: str, explain, fills) -> dict[str, Tensor]:
+        """Each figure picture by picture; what was measured before is read."""
+        file = self.out / f"{self.name}-{self.part}-{row}.pt".replace(" ", "_")
+        found = torch.load(file, weights_only=True) if file.exists() else {}
+        maps = None
+        for fill, filling in fills.items():
+            if f"deletion, {fill}" in found:
+                continue
+            if maps is None:
+                maps = explained(explain, self.images, self.classes)
+            curves = removal_curves(self.score, self.images, maps, steps=9, patch=16, fill=filling)
+            found |= {f"{way}, {fill}": auc(curve) for way, curve in zip(("deletion", "insertion"), curves, strict=True)}
+        if "energy" not in found:
+            found["energy"] = energy_inside(explained(explain, self.boxed, self.boxed_classes), self.masks)
+        torch.save(found, file)
+        return found
+
+
+def centre_times(explain, images: Tensor, classes: Tensor) -> Tensor:
+    return centre_maps(len(images), (SIZE, SIZE)) * explain(images, classes)
+
+
+def explained(explain, images: Tensor, classes: Tensor) -> Tensor:
+    return torch.cat([explain(some.float(), k) for some, k in zip(images.split(32), classes.split(32), strict=True)])
+
+
+def table(bench: Bench, settings: list[Setting]) -> Comparison:
+    """Every row of a network: baselines, rivals, each setting in each way, of each seed."""
+    count = itertools.count()
+    size = (SIZE, SIZE)
+    rows = {"random": lambda x, k: random_maps(len(x), size, next(count)), "centre prior": lambda x, k: centre_maps(len(x), size)}
+    rows |= {name: bench.explainer(name) for name in RIVALS[bench.name]}
+    for evidence in dict.fromkeys(evidence for setting in settings for _, evidence in setting.at if evidence):
+        # does any blob do as well? What SCAN is to be compared with when it is multiplied
+        rows[f"centre prior x {evidence}"] = partial(centre_times, bench.explainer(evidence))
+    for setting in settings:
+        for seed in setting.seeds:
+            scanner = bench.decoder(setting, seed)
+            for percentile, evidence in setting.at:
+                several = "-".join(map(str, percentile)) if isinstance(percentile, list) else percentile
+                name = f"SCAN, {setting.name}, P {several}" + (f", x {evidence}" if evidence else "") + f", seed {seed}"
+                options = {"percentile": percentile, "evidence": bench.explainer(evidence) if evidence else None}
+                rows[name] = partial(scanner.explain, **options)
+    better = {"deletion, blur": -1, "insertion, blur": 1, "deletion, mean": -1, "insertion, mean": 1, "energy": 1}
+    found = Comparison({}, better, {}, {})
+    found.note = (
+        f"{bench.part} part: {len(bench.images)} photographs for deletion and insertion (patches of 16 px, 9 steps, predicted "
+        f"class), {len(bench.boxed)} with boxes for energy; ± is half the bootstrap 95 % interval over the "
+        f"pictures; {date.today()}, torch {torch.__version__}, {os.cpu_count()} CPU cores"
+    )
+    for name, explain in tqdm(rows.items(), bench.name):
+        found.values[name] = bench.figures(name, explain, {"blur": blurred, "mean": mean_colour})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for folder in ("photographs", "boxes", "weights"):
+        parser.add_argument(f"--{folder}", type=Path, required=True)
+    parser.add_argument("--part", choices=("validation", "test"), default="validation")
+    parser.add_argument("--settings", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "out" / "photographs", help="what is kept between runs"
+    )
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings = [
+        Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+        for row in json.loads(options.settings.read_text())
+    ]
+    for name in dict.fromkeys(setting.network for setting in settings):
+        started = time.time()
+        bench = Bench(name, options, options.part, options.out)
+        print(
+            f"\n## {name}\n\n{table(bench, [s for s in settings if s.network == name])}\n{time.time() - started:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -105,7 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--method", help=f"explain the classifier by another method: {', '.join(METHODS)}")
     explain.add_argument("--layer", help="of the method; left out, the last with a spatial extent")
     explain.add_argument("--class", dest="target", help="class to explain, by number or name; left out, the predicted one")
-    explain.add_argument("--percentile", type=float, default=95.0)
+    explain.add_argument("--percentile", type=percentiles, default="95", help="SCAN's; of several, as 80,90,95, the mean")
+    explain.add_argument("--evidence", choices=METHODS, metavar="METHOD", help="multiply SCAN's map by this method's")
     explain.add_argument("--out", type=Path, default=Path("map.png"))
     explain.add_argument("--device", help="cpu, cuda, mps; left out, cuda if there is one")
 
@@ -119,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--weights", help="a state dict's path, or DEFAULT; left out, those of the decoder's classifier")
     table.add_argument("--methods", nargs="+", default=["GradCAM", "LayerCAM"], help=f"out of {', '.join(METHODS)}")
     table.add_argument("--metrics", nargs="+", help=f"out of {', '.join(METRICS)}")
-    table.add_argument("--percentiles", type=float, nargs="+", default=[95.0], help="SCAN's")
+    table.add_argument("--percentiles", type=float, nargs="+", default=[95.0], help="SCAN's, a row each")
+    table.add_argument("--evidence", choices=METHODS, metavar="METHOD", help="SCAN's mean map times this method's joins in")
     table.add_argument("--patch", type=int, default=16, help="side in pixels of what is removed at once")
     table.add_argument("--fill", choices=FILLS, default="mean", help="what takes its place")
     table.add_argument("--steps", type=int, default=10, help="of deletion and insertion")
@@ -198,6 +200,8 @@ def explain_command(options) -> None:
         raise ValueError("--decoder, --scouter or --model: one of them says what to explain")
     if options.method and options.method not in METHODS:
         raise ValueError(f"--method {options.method}: not known; there are {', '.join(METHODS)}")
+    if options.evidence and (options.method or not options.decoder):
+        raise ValueError("--evidence weighs SCAN's map; give a --decoder, and no --method")
     if options.decoder and not options.method:
         rows, titles, names = _by_scan(options)
     elif options.scouter and not options.method:
@@ -212,6 +216,11 @@ def explain_command(options) -> None:
     for path, name in zip(options.images, names, strict=True):
         print(f"{path}: {name}".replace("\n", "; "))
     print(f"{options.out}: {len(rows)} explained")
+
+
+def percentiles(text: str) -> list[float]:
+    """80,90,95 -> its numbers."""
+    return [float(part) for part in text.split(",")]
 
 
 def _read(options, size: int) -> torch.Tensor:
@@ -230,12 +239,16 @@ def _by_scan(options):
     target, scanner = _trained(options)
     images, target_class = _read(options, scanner.image_size[0]), _class_number(options.target, target.classes)
     confidence, reconstruction = scanner(images, target_class, options.percentile)
+    if options.evidence:
+        evidence = METHODS[options.evidence](target.model, preprocess=target.preprocess)
+        confidence = scanner.explain(images, target_class, options.percentile, evidence=evidence)
     rows = [
         [image, heat, overlay(image, heat), rebuilt]
         for image, heat, rebuilt in zip(images, confidence, reconstruction, strict=True)
     ]
     names = _named(target.model, target.preprocess, images, target_class, target.classes)
-    return rows, ["picture", f"confidence, P = {options.percentile:g}", "overlay", "reconstruction"], names
+    title = f"confidence, P = {' '.join(f'{p:g}' for p in options.percentile)}"
+    return rows, ["picture", title + (f",\nx {options.evidence}" if options.evidence else ""), "overlay", "reconstruction"], names
 
 
 def _by_scouter(options):
@@ -297,9 +310,15 @@ def compare_command(options) -> None:
         target, scanner = _trained(options)
         size = scanner.image_size
         explainers |= {f"SCAN, P = {p:g}": partial(scanner.explain, percentile=p) for p in options.percentiles}
+        if options.evidence:
+            evidence = METHODS[options.evidence](target.model, preprocess=target.preprocess)
+            weighed = partial(scanner.explain, percentile=options.percentiles, evidence=evidence)
+            explainers[f"SCAN x {options.evidence}"] = weighed
     else:
         target = load_target(options.model, named_weights(options.weights or "DEFAULT"))
         size = target.image_size
+        if options.evidence:
+            raise ValueError("--evidence weighs SCAN's map; give a --decoder")
     device = _device(options)
     target.model.to(device)
     explainers |= {name: METHODS[name](target.model, preprocess=target.preprocess) for name in options.methods}

@@ -96,6 +96,7 @@ class SCAN:
         by the label's gradient, by the predicted class's where there is none.
 
         use_augmentation: the range the percentile is drawn from, per picture and visit; False masks by G > 0, True is (70, 100).
+        For several decoders on the same pictures give what ``encoded`` returned: the model runs once for all of them.
         """
         if use_augmentation is True:
             use_augmentation = (70, 100)
@@ -107,6 +108,13 @@ class SCAN:
                 raise ValueError(f"use_augmentation {use_augmentation} runs backwards; give (low, high), as (70, 100)")
         self.dataset, self.use_augmentation = dataloader, use_augmentation
         return self
+
+    def encoded(self, dataloader: Iterable, seed: int = 0, verbose: bool = True) -> FeatureCache:
+        """A loader's pictures as the decoder takes them, in memory, for ``set_dataset``: of this scanner, or of others with the
+        same model, preprocessing, layer, ``mask_by`` and kind and size of decoder. Raises RuntimeError without a decoder.
+        """
+        self._need_decoder("generate_decoder() or load_decoder(path)")  # it decides the target's size
+        return FeatureCache.filled(dataloader, self._encode_batch, seed, self.device, verbose)
 
     def set_validation_dataset(self, dataloader: Iterable) -> "SCAN":
         """Pictures to validate on after each epoch, masked by G > 0."""
@@ -279,7 +287,7 @@ class SCAN:
             raise TypeError(
                 f"the loader gives dictionaries ({', '.join(map(str, batch))}); give (images, labels), or images alone"
             )
-        images, labels = (batch[0], batch[1]) if isinstance(batch, (tuple, list)) else (batch, None)
+        images, labels = (*batch, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
         images = self._images(images)
         return *self._extract(images, labels, unknown=True), self._target(images)
 
@@ -309,6 +317,8 @@ class SCAN:
         """The loader with its batches encoded, from memory where that pays, else as they come; and what is left of the budget."""
         if cache not in (True, False, "auto"):
             raise ValueError(f"cache {cache!r} is not known; take True, False or 'auto'")
+        if isinstance(loader, FeatureCache):
+            return loader, budget
         if cache == "auto":
             layout = self.layout
             entries = layout.channels * (math.prod(layout.grid) + layout.prefix) * (2 if self.use_gradient_mask else 1)
@@ -316,7 +326,7 @@ class SCAN:
             cache = epochs > 1 and pictures(loader) * size <= budget and repeats(loader)
         if not cache:
             return Encoded(loader, self._encode_batch), budget
-        cached = FeatureCache.filled(loader, self._encode_batch, self.trainer.seed, self.device, verbose)
+        cached = self.encoded(loader, self.trainer.seed, verbose)
         return cached, budget - cached.nbytes
 
     # --- explaining ---

@@ -44,6 +44,11 @@ def test_train_and_explain(folder, tmp_path, capsys):
     assert Image.open(picture).size[0] > 600
     main(["explain", str(folder / "0.png"), "--decoder", str(out), "--class", "star", "--out", str(picture)])
     assert "star" in capsys.readouterr().out
+    pictures = [picture.read_bytes()]
+    for more in (["--percentile", "80,90,95"], ["--percentile", "80,90,95", "--evidence", "GradCAM"]):
+        main(["explain", str(folder / "0.png"), "--decoder", str(out), "--class", "star", *more, "--out", str(picture)])
+        pictures.append(picture.read_bytes())
+    assert len(set(pictures)) == 3
 
 
 def test_signs_as_data(tmp_path):
@@ -136,6 +141,7 @@ def test_bad_class_and_picture(folder, tmp_path):
         (["--class", "sta"], "class 'sta' is not known; close matches: star"),
         (["--class", "10"], r"class 10 is out of range: the model has classes 0..9"),
         (["--percentile", "101"], "percentile 101"),
+        (["--evidence", "GradCAM", "--method", "GradCAM"], "--evidence weighs SCAN's map; give a --decoder, and no --method"),
     ]:
         with pytest.raises(SystemExit) as raised:
             main(["explain", str(folder / "0.png"), "--decoder", str(out), *arguments])
@@ -168,6 +174,9 @@ def test_compare_on_signs_and_on_a_folder(folder, tmp_path, capsys):
         and "6 pictures, predicted class; removed: patches of 8 px" in lines[9]
         and lines[2] in capsys.readouterr().out
     )
+    main(f"compare signs {decoder} --limit 6 --methods GradCAM --metrics energy --percentiles 90 95 --evidence GradCAM".split())
+    energies = {row[0]: row[1] for row in (line.split(" | ") for line in capsys.readouterr().out.splitlines()) if len(row) > 2}
+    assert "| SCAN x GradCAM" in energies and energies["| SCAN x GradCAM"].strip("* ") > energies["| GradCAM"].strip("* ")
     out = tmp_path / "table.csv"
     with pytest.warns(UserWarning, match="1 of 9 pictures"):
         main(
@@ -179,6 +188,7 @@ def test_compare_on_signs_and_on_a_folder(folder, tmp_path, capsys):
 def test_compare_refuses_in_one_line(folder):
     for arguments, words in (
         ("--model signs_cnn --methods Gradcam", "--methods Gradcam: not known; there are CAM"),
+        ("--model signs_cnn --evidence GradCAM", "--evidence weighs SCAN's map; give a --decoder"),
         ("--model signs_cnn --out table.txt", "table.txt: give a .md or a .csv"),
         ("", "--decoder or --model"),
         ("--model signs_cnn --metrics speed", r"metrics \['speed'\] are not known"),

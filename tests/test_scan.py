@@ -818,3 +818,32 @@ def test_evidence_sees_the_pictures_as_scan_does(tiny):
         torch.rand(2, 3, 48, 40) * 255, evidence=lambda x, _: sizes.append(x.shape) or torch.ones(len(x), 4, 4)
     )
     assert sizes == [(2, 3, 32, 32)] and maps.shape == (2, 48, 40)
+
+
+# --- encoded once, for several decoders ---
+
+
+def test_decoders_share_encoded_pictures(tiny):
+    loader = DataLoader(pictures(), 4, shuffle=True)
+    apart, shared = scanner_for(tiny), scanner_for(tiny)
+    histories = []
+    for scanner in (apart, shared):
+        torch.manual_seed(0)
+        scanner.generate_decoder()
+        scanner.set_dataset(loader if scanner is apart else scanner.encoded(loader, verbose=False)).compile()
+        histories.append(scanner.fit(2, verbose=False, cache=True))
+    assert histories[0] == histories[1]
+    with torch.no_grad():
+        tiny.back[0].weight.add_(1)  # what is encoded stands, whatever the model does
+    assert shared.generate_decoder().compile().fit(1, verbose=False)["loss"][0] > 0
+    with pytest.raises(RuntimeError, match="there is no decoder yet"):
+        scanner_for(tiny).encoded(loader)
+
+
+def test_batches_of_a_single_tensor_are_images_alone(tiny):
+    images = pictures().tensors[0]
+    alone, tuples = (scanner_for(tiny).generate_decoder() for _ in range(2))
+    first = alone.encoded(DataLoader(TensorDataset(images), 4), verbose=False)
+    second = tuples.encoded(DataLoader(images, 4), verbose=False)
+    for a, b in zip(first.tensors, second.tensors, strict=True):
+        torch.testing.assert_close(a, b)

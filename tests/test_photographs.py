@@ -1,0 +1,53 @@
+"""The parts of the benchmark on photographs that must never move: who is judged by what."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.photographs import Setting, boxed, part_of, photographs, views
+
+PARTS = {"0000_n01440764_tench.jpg": "train", "val_1.JPEG": "train", "a.jpg": "validation"}
+
+
+def picture(path, value, size=64):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size, size, 3), value, np.uint8)).save(path)
+
+
+def test_a_name_decides_the_part():
+    assert {name: part_of(name) for name in PARTS} == PARTS
+    parts = [part_of(f"{number}.jpg") for number in range(2000)]
+    shares = {part: parts.count(part) / 2000 for part in ("train", "validation", "test")}
+    assert abs(shares["train"] - 0.6) < 0.05 and abs(shares["validation"] - 0.2) < 0.05 and abs(shares["test"] - 0.2) < 0.05
+
+
+def test_no_photograph_is_in_two_parts(tmp_path):
+    for number in range(30):
+        picture(tmp_path / f"{number}.jpg", number * 8, 256)
+    seen = [photographs(tmp_path, part)[:, 0, 0, 0].tolist() for part in ("train", "validation", "test")]
+    assert sum(map(len, seen)) == 30 and len({value for part in seen for value in part}) == 30
+
+
+def test_boxes_in_pixels_of_the_large_picture(tmp_path):
+    names = [f"{number}.png" for number in range(20)]
+    for number, name in enumerate(names):
+        picture(tmp_path / "images" / name, number)
+    lines = ["file\twnid\tx0\ty0\tx1\ty1", *(f"{name}\tn0\t0\t32\t{number}\t63" for number, name in enumerate(names))]
+    (tmp_path / "boxes.tsv").write_text("\n".join(lines) + "\n")
+    images, boxes = boxed(tmp_path, "train")
+    numbers = [number for number, name in enumerate(names) if part_of(name) == "train"]
+    assert images.shape == (len(numbers), 3, 224, 224) and images[:, 0, 0, 0].tolist() == numbers
+    assert boxes.tolist() == [[0, 112, 3.5 * (number + 1), 224] for number in numbers]  # the last pixel is in
+
+
+def test_views_are_seeded_and_begin_with_the_pictures():
+    images = torch.randint(256, (3, 3, 224, 224), dtype=torch.uint8)
+    found = views(images, 2)
+    assert found.shape == (9, 3, 224, 224) and found.dtype == torch.uint8
+    assert torch.equal(found[:3], images) and torch.equal(found, views(images, 2))
+    assert not torch.equal(found[3:6], found[6:])
+
+
+def test_settings_name_what_they_change():
+    assert Setting("squeezenet1_1").name == "gradient 70-100"
+    assert Setting("squeezenet1_1", "position", (93, 97), epochs=1).name == "position 93-97, epochs 1"
