@@ -5,8 +5,10 @@ Nothing is downloaded. Three folders of yours:
 - boxes: boxes.tsv (file, wnid, x0, y0, x1, y1; tabs between) and the pictures it names under images/ (Tiny-ImageNet, validation);
 - weights: squeezenet1_1.pth and vit_tiny_patch16_224.pth, state dicts as torchvision lays them out.
 
-Which part a picture belongs to is a function of its file's name, fixed before anything was measured: settings are chosen on the
-validation part, and the test part is for the one table at the end.
+Which part a picture belongs to is a function of its file's name, fixed before this script measured anything: settings are chosen
+on the validation part, and the test part is for the one table at the end. (That percentiles of 93 to 97 suit SqueezeNet had been
+seen earlier, on another split of such photographs.) What was trained and measured is kept under --out, and taken up again as long
+as the package, this script, the weights and the names of the pictures are the same.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from tqdm.auto import tqdm
 
 import scanlib
 from scanlib import SCAN
+from scanlib.checkpoint import load_checkpoint, save_checkpoint
 from scanlib.comparison_table import Comparison
 from scanlib.data import read_image
 from scanlib.localisation import box_masks, energy_inside
@@ -39,9 +42,13 @@ from scanlib.models import Normalize
 from scanlib.removal import auc, blurred, class_score, mean_colour, removal_curves
 
 SIZE = 224
-RIVALS = {
-    "squeezenet1_1": ("GradCAM", "LayerCAM"),
-    "vit_tiny_patch16_224": ("GradCAM", "LayerCAM", "AttentionRelevance", "AttentionRollout", "LeGrad"),
+FILLS = {"blur": blurred, "mean": mean_colour}
+RIVALS = {  # a method, and where it reads: "" leaves that to the method
+    "squeezenet1_1": (("GradCAM", ""), ("LayerCAM", "")),
+    "vit_tiny_patch16_224": (
+        *(("GradCAM", ""), ("LayerCAM", ""), ("GradCAM", "encoder.layers.encoder_layer_10")),
+        *(("LayerCAM", "encoder.layers.encoder_layer_10"), ("AttentionRelevance", ""), ("AttentionRollout", ""), ("LeGrad", "")),
+    ),
 }
 
 
@@ -58,7 +65,7 @@ def photographs(folder: Path, part: str) -> Tensor:
 
 def boxed(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     """Pictures (N, 3, 224, 224) uint8, resized from 64 px, and their boxes (N, 4) as x0, y0, x1, y1 in pixels of 224."""
-    with open(folder / "boxes.tsv", newline="") as file:
+    with open(folder / "boxes.tsv", newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file, delimiter="\t") if part_of(row["file"]) == part]
     images = torch.stack([read_image(folder / "images" / row["file"]) for row in rows])
     corners = [[int(row["x0"]), int(row["y0"]), int(row["x1"]) + 1, int(row["y1"]) + 1] for row in rows]  # the last pixel is in
@@ -78,8 +85,16 @@ def network(name: str, weights: Path) -> tuple[torch.nn.Module, str, Normalize]:
     else:
         model = torchvision.models.VisionTransformer(224, 16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
         layer, preprocess = "encoder.layers.encoder_layer_10", Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    model.load_state_dict(torch.load(weights / f"{name}.pth", weights_only=True))
+    model.load_state_dict(torch.load(weights / f"{name}.pth", weights_only=True, map_location="cpu"))
     return model.eval().requires_grad_(False), layer, preprocess
+
+
+def state_of(folders) -> str:
+    """A checksum of all that what is kept depends on."""
+    code = [Path(__file__), *sorted(Path(scanlib.__file__).parent.glob("*.py"))]
+    names = sorted(path.name for folder in (folders.photographs, folders.boxes / "images") for path in folder.iterdir())
+    parts = [path.read_bytes() for path in [*code, *sorted(folders.weights.glob("*.pth"))]]
+    return f"{zlib.crc32(' '.join(names).encode(), zlib.crc32(b''.join(parts))):08x}"
 
 
 def views(images: Tensor, count: int, seed: int = 0) -> Tensor:
@@ -108,6 +123,7 @@ class Setting:
 
     @property
     def name(self) -> str:
+        """What tells it from the others, as a row's name and a file's."""
         changed = [f"{f.name} {getattr(self, f.name)}" for f in fields(self)[4:-1] if getattr(self, f.name) != f.default]
         return ", ".join([f"{self.mask_by} {self.percentiles[0]:g}-{self.percentiles[1]:g}", *changed])
 
@@ -129,8 +145,8 @@ class Bench:
     def predicted(self, images: Tensor) -> Tensor:
         return torch.cat([self.model(self.preprocess(some.float())).argmax(1) for some in images.split(32)])
 
-    def explainer(self, name: str):
-        place = {"target_layer": self.layer} if name.endswith("CAM") else {}
+    def explainer(self, name: str, layer: str = ""):
+        place = {"target_layer": layer} if layer else {}
         return getattr(scanlib, name)(self.model, preprocess=self.preprocess, **place)
 
     def decoder(self, setting: Setting, seed: int) -> SCAN:
@@ -148,69 +164,81 @@ class Bench:
         if key not in self.cache:
             pictures = photographs(self.folders.photographs, "train"), boxed(self.folders.boxes, "train")[0]
             loader = DataLoader(TensorDataset(views(torch.cat(pictures), setting.views)), 32, shuffle=True)
-            self.cache = {key: scanner.encoded(loader)}  # the settings stand in order: one cache at a time
+            self.cache.clear()  # one at a time: settings that share their pictures' encoding should stand together
+            self.cache[key] = scanner.encoded(loader)
         scanner.set_dataset(self.cache[key], setting.percentiles)
         schedule = {"max_lr": setting.rate, "total_steps": setting.epochs * len(self.cache[key])}
         one_cycle = torch.optim.lr_scheduler.OneCycleLR
         scanner.compile(
             setting.alpha, torch.optim.AdamW, scheduler_class=one_cycle, scheduler_kwargs=schedule, scheduler_interval="step"
         )
-        scanner.fit(setting.epochs, seed=seed)
+        scanner.fit(setting.epochs, seed=seed, checkpoint=file.with_suffix(".run"))
         scanner.save_decoder(file)
+        scanner.dataset = None  # or every scanner keeps its encoded pictures
         return scanner
 
     def figures(self, row: str, explain, fills) -> dict[str, Tensor]:
         """Each figure picture by picture; what was measured before is read."""
         file = self.out / f"{self.name}-{self.part}-{row}.pt".replace(" ", "_")
-        found = torch.load(file, weights_only=True) if file.exists() else {}
-        maps = None
+        found = load_checkpoint(file) if file.exists() else {}
+        before, maps = len(found), None
         for fill, filling in fills.items():
             if f"deletion, {fill}" in found:
                 continue
             if maps is None:
-                maps = explained(explain, self.images, self.classes)
+                maps = maps_of(explain, self.images, self.classes)
             curves = removal_curves(self.score, self.images, maps, steps=9, patch=16, fill=filling)
             found |= {f"{way}, {fill}": auc(curve) for way, curve in zip(("deletion", "insertion"), curves, strict=True)}
         if "energy" not in found:
-            found["energy"] = energy_inside(explained(explain, self.boxed, self.boxed_classes), self.masks)
-        torch.save(found, file)
+            found["energy"] = energy_inside(maps_of(explain, self.boxed, self.boxed_classes), self.masks)
+        if len(found) > before:
+            save_checkpoint(found, file)
         return found
 
 
 def centre_times(explain, images: Tensor, classes: Tensor) -> Tensor:
-    return centre_maps(len(images), (SIZE, SIZE)) * explain(images, classes)
+    """As SCAN weighs evidence, with a bump that knows nothing in SCAN's place."""
+    bump = centre_maps(len(images), (SIZE, SIZE))
+    return explain(images, classes) * (1 + bump / bump.mean((1, 2), keepdim=True))
 
 
-def explained(explain, images: Tensor, classes: Tensor) -> Tensor:
+def maps_of(explain, images: Tensor, classes: Tensor) -> Tensor:
     return torch.cat([explain(some.float(), k) for some, k in zip(images.split(32), classes.split(32), strict=True)])
 
 
-def table(bench: Bench, settings: list[Setting]) -> Comparison:
-    """Every row of a network: baselines, rivals, each setting in each way, of each seed."""
+def table(bench: Bench, settings: list[Setting], wanted) -> Comparison:
+    """Every row of a network: baselines, rivals, each setting in each way, its seeds averaged."""
     count = itertools.count()
     size = (SIZE, SIZE)
     rows = {"random": lambda x, k: random_maps(len(x), size, next(count)), "centre prior": lambda x, k: centre_maps(len(x), size)}
-    rows |= {name: bench.explainer(name) for name in RIVALS[bench.name]}
+    rows |= {f"{name} {layer}".strip(): bench.explainer(name, layer) for name, layer in RIVALS[bench.name]}
     for evidence in dict.fromkeys(evidence for setting in settings for _, evidence in setting.at if evidence):
         # does any blob do as well? What SCAN is to be compared with when it is multiplied
         rows[f"centre prior x {evidence}"] = partial(centre_times, bench.explainer(evidence))
-    for setting in settings:
-        for seed in setting.seeds:
-            scanner = bench.decoder(setting, seed)
-            for percentile, evidence in setting.at:
-                several = "-".join(map(str, percentile)) if isinstance(percentile, list) else percentile
-                name = f"SCAN, {setting.name}, P {several}" + (f", x {evidence}" if evidence else "") + f", seed {seed}"
-                options = {"percentile": percentile, "evidence": bench.explainer(evidence) if evidence else None}
-                rows[name] = partial(scanner.explain, **options)
-    better = {"deletion, blur": -1, "insertion, blur": 1, "deletion, mean": -1, "insertion, mean": 1, "energy": 1}
+    seeds: dict[str, list[str]] = {}
+    for setting, seed in [(each, seed) for each in settings for seed in each.seeds]:
+        scanner = bench.decoder(setting, seed)
+        for percentile, evidence in setting.at:
+            several = "-".join(map(str, percentile)) if isinstance(percentile, list) else percentile
+            name = f"SCAN, {setting.name}, P {several}" + (f", x {evidence}" if evidence else "")
+            seeds.setdefault(name, []).append(f"{name}, seed {seed}")
+            by = bench.explainer(evidence) if evidence else None
+            rows[f"{name}, seed {seed}"] = partial(scanner.explain, percentile=percentile, evidence=by)
+    fills = {name: fill for name, fill in FILLS.items() if name in wanted}
+    better = {f"{way}, {fill}": sign for fill in fills for way, sign in (("deletion", -1), ("insertion", 1))} | {"energy": 1}
     found = Comparison({}, better, {}, {})
     found.note = (
         f"{bench.part} part: {len(bench.images)} photographs for deletion and insertion (patches of 16 px, 9 steps, predicted "
-        f"class), {len(bench.boxed)} with boxes for energy; ± is half the bootstrap 95 % interval over the "
-        f"pictures; {date.today()}, torch {torch.__version__}, {os.cpu_count()} CPU cores"
+        f"class), {len(bench.boxed)} with boxes for energy (predicted class, right or wrong); ± is half the bootstrap 95 % "
+        f"interval over the pictures; {date.today()}, torch {torch.__version__}, {os.cpu_count()} CPU cores"
     )
     for name, explain in tqdm(rows.items(), bench.name):
-        found.values[name] = bench.figures(name, explain, {"blur": blurred, "mean": mean_colour})
+        found.values[name] = bench.figures(name, explain, fills)
+    for name, each in seeds.items():  # one row of all seeds, picture by picture; the leader is sought among such rows
+        of_seeds = [found.values.pop(seed) for seed in each]
+        found.values[f"{name}, {len(each)} seeds"] = {key: torch.stack([v[key] for v in of_seeds]).mean(0) for key in better}
+        spread = {key: max(means) - min(means) for key in better if (means := [float(v[key].mean()) for v in of_seeds])}
+        print(f"{name}: highest - lowest of the seeds' means:", ", ".join(f"{key} {v:.3f}" for key, v in spread.items()))
     return found
 
 
@@ -223,19 +251,20 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "out" / "photographs", help="what is kept between runs"
     )
+    parser.add_argument("--networks", nargs="+", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--fills", nargs="+", choices=FILLS, default=list(FILLS))
     options = parser.parse_args()
+    options.out = options.out / state_of(options)
     options.out.mkdir(parents=True, exist_ok=True)
     settings = [
         Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
         for row in json.loads(options.settings.read_text())
     ]
-    for name in dict.fromkeys(setting.network for setting in settings):
+    for name in options.networks:
         started = time.time()
         bench = Bench(name, options, options.part, options.out)
-        print(
-            f"\n## {name}\n\n{table(bench, [s for s in settings if s.network == name])}\n{time.time() - started:.0f} s",
-            flush=True,
-        )
+        found = table(bench, [setting for setting in settings if setting.network == name], options.fills)
+        print(f"\n## {name}\n\n{found}\n{time.time() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

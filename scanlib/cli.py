@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--model", help="with --method: signs_cnn, signs_vit, vit_tiny, or any torchvision classifier")
     explain.add_argument("--weights", help="the classifier's weights, if they moved since training")
     explain.add_argument("--method", help=f"explain the classifier by another method: {', '.join(METHODS)}")
-    explain.add_argument("--layer", help="of the method; left out, the last with a spatial extent")
+    explain.add_argument("--layer", help="of the method, or of the evidence; left out, the last with a spatial extent")
     explain.add_argument("--class", dest="target", help="class to explain, by number or name; left out, the predicted one")
     explain.add_argument("--percentile", type=percentiles, default="95", help="SCAN's; of several, as 80,90,95, the mean")
     explain.add_argument("--evidence", choices=METHODS, metavar="METHOD", help="multiply SCAN's map by this method's")
@@ -220,7 +220,10 @@ def explain_command(options) -> None:
 
 def percentiles(text: str) -> list[float]:
     """80,90,95 -> its numbers."""
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; give one in 0..100, or several, as 80,90,95") from None
 
 
 def _read(options, size: int) -> torch.Tensor:
@@ -240,7 +243,8 @@ def _by_scan(options):
     images, target_class = _read(options, scanner.image_size[0]), _class_number(options.target, target.classes)
     confidence, reconstruction = scanner(images, target_class, options.percentile)
     if options.evidence:
-        evidence = METHODS[options.evidence](target.model, preprocess=target.preprocess)
+        place = {"target_layer": options.layer} if options.layer else {}
+        evidence = METHODS[options.evidence](target.model, preprocess=target.preprocess, **place)
         confidence = scanner.explain(images, target_class, options.percentile, evidence=evidence)
     rows = [
         [image, heat, overlay(image, heat), rebuilt]
@@ -248,7 +252,9 @@ def _by_scan(options):
     ]
     names = _named(target.model, target.preprocess, images, target_class, target.classes)
     title = f"confidence, P = {' '.join(f'{p:g}' for p in options.percentile)}"
-    return rows, ["picture", title + (f",\nx {options.evidence}" if options.evidence else ""), "overlay", "reconstruction"], names
+    if options.evidence:
+        title += f",\nby {options.evidence}, stretched"
+    return rows, ["picture", title, "overlay", "reconstruction"], names
 
 
 def _by_scouter(options):
@@ -303,6 +309,8 @@ def compare_command(options) -> None:
         raise ValueError(f"--out {options.out}: give a .md or a .csv")
     if bool(options.decoder) == bool(options.model):
         raise ValueError("--decoder or --model: one of them, and not both, says which classifier to explain")
+    if options.evidence and not options.decoder:
+        raise ValueError("--evidence weighs SCAN's map; give a --decoder")
     if options.limit < 1:
         raise ValueError(f"--limit {options.limit}: give 1 or more")
     explainers, masks = {}, None
@@ -313,12 +321,10 @@ def compare_command(options) -> None:
         if options.evidence:
             evidence = METHODS[options.evidence](target.model, preprocess=target.preprocess)
             weighed = partial(scanner.explain, percentile=options.percentiles, evidence=evidence)
-            explainers[f"SCAN x {options.evidence}"] = weighed
+            explainers[f"SCAN x {options.evidence}, P = {'-'.join(f'{p:g}' for p in options.percentiles)}"] = weighed
     else:
         target = load_target(options.model, named_weights(options.weights or "DEFAULT"))
         size = target.image_size
-        if options.evidence:
-            raise ValueError("--evidence weighs SCAN's map; give a --decoder")
     device = _device(options)
     target.model.to(device)
     explainers |= {name: METHODS[name](target.model, preprocess=target.preprocess) for name in options.methods}

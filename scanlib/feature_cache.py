@@ -18,6 +18,7 @@ class FeatureCache:
 
     def __init__(self, tensors: Sequence[Tensor], batch_size: int, shuffle: bool):
         self.tensors, self.batch_size, self.shuffle = tensors, batch_size, shuffle
+        self.belongs_to: dict = {}  # what was encoded by whom, where someone will ask
 
     @classmethod
     def filled(cls, loader, encode: Callable, seed: int, device: torch.device, verbose: bool = False) -> "FeatureCache":

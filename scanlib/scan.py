@@ -28,7 +28,7 @@ from scanlib.explainer import quick
 from scanlib.feature_cache import Encoded, FeatureCache, pictures, repeats
 from scanlib.hooks import FeatureTap, Layout, Target, class_indices, is_callables, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, split_outputs
-from scanlib.maps import resized, stretched
+from scanlib.maps import stretched
 from scanlib.masking import MASKS, blur_to_grid, mask_scores, percentile_of_positives
 from scanlib.models import default_layer
 from scanlib.trainer import Trainer
@@ -111,10 +111,18 @@ class SCAN:
 
     def encoded(self, dataloader: Iterable, seed: int = 0, verbose: bool = True) -> FeatureCache:
         """A loader's pictures as the decoder takes them, in memory, for ``set_dataset``: of this scanner, or of others with the
-        same model, preprocessing, layer, ``mask_by`` and kind and size of decoder. Raises RuntimeError without a decoder.
+        same model, preprocessing, layer, ``mask_by``, device, and decoder's size and kind (tokens or maps). One draw of what is
+        random in the loader; the order is drawn anew each epoch if the loader shuffles. Raises RuntimeError without a decoder.
         """
         self._need_decoder("generate_decoder() or load_decoder(path)")  # it decides the target's size
-        return FeatureCache.filled(dataloader, self._encode_batch, seed, self.device, verbose)
+        cache = FeatureCache.filled(dataloader, self._encode_batch, seed, self.device, verbose)
+        cache.belongs_to = self._encoding() | {"pictures": len(cache.tensors[0]), "seed": seed}
+        return cache
+
+    def _encoding(self) -> dict:
+        """What encoded pictures depend on, in plain values."""
+        decoder = {"tokens": self._is_tokens, "decoded": list(self._decoded_size()), "device": str(self.device)}
+        return self._identity() | {"weights": _fingerprint(self.model)} | decoder
 
     def set_validation_dataset(self, dataloader: Iterable) -> "SCAN":
         """Pictures to validate on after each epoch, masked by G > 0."""
@@ -267,7 +275,7 @@ class SCAN:
             "learning_rate": self.optimizer.defaults["lr"],
             "metrics": [type(metric).__name__ for metric in self.metrics],
             "batches": batches,
-            "cached": isinstance(training, FeatureCache),
+            "cached": isinstance(training, FeatureCache) and [training.belongs_to[key] for key in ("pictures", "seed")],
             "amp": self.trainer.amp,
             **self._schedule,
         }
@@ -318,7 +326,11 @@ class SCAN:
         if cache not in (True, False, "auto"):
             raise ValueError(f"cache {cache!r} is not known; take True, False or 'auto'")
         if isinstance(loader, FeatureCache):
-            return loader, budget
+            for name, value in self._encoding().items():
+                if loader.belongs_to.get(name) != value:
+                    found = f"{name} = {loader.belongs_to.get(name)}, this scanner has {value}"
+                    raise ValueError(f"the pictures were encoded for {found}; encode them anew")
+            return loader, budget - loader.nbytes
         if cache == "auto":
             layout = self.layout
             entries = layout.channels * (math.prod(layout.grid) + layout.prefix) * (2 if self.use_gradient_mask else 1)
@@ -358,16 +370,34 @@ class SCAN:
 
         target: None (predicted class), a class, one per image, or callables on an image's outputs. percentile: as in ``decode``.
         normalize=True stretches each map to [0, 1]; False gives the confidence as it is, at the decoder's resolution.
-        evidence: another explainer, whose maps in [0, 1] the confidence is multiplied by: SCAN says how far the evidence reaches,
-        the other one how much it weighs at each place.
+        evidence: another explainer, whose maps E in [0, 1] say how much weighs what SCAN says the extent of: E (1 + C / mean(C)).
+        Where E is empty the confidence stands alone, and a warning says so.
         """
+        pictures = self._images(images)
+        weights = None if evidence is None else self._evidence(evidence, pictures, target)
         with torch.no_grad():
-            pictures = self._images(images)
-            confidence = self._outputs(*self._extract(pictures, target), percentile)[:, 0]
-            if evidence is not None:
-                confidence = confidence * resized(evidence(pictures, target).to(confidence), confidence.shape[-2:])
-            maps = stretched(confidence, images.shape[-2:]) if normalize else confidence
+            maps = self._outputs(*self._extract(pictures, target), percentile)[:, :1]
+            if weights is not None:
+                sure = maps / maps.mean((1, 2, 3), keepdim=True).clamp_min(1e-12)
+                evident = F.interpolate(weights, size=maps.shape[-2:], mode="bilinear", antialias=True)
+                maps = torch.where(weights.flatten(1).any(1).view(-1, 1, 1, 1), evident * (1 + sure), maps)
+            maps = stretched(maps[:, 0], images.shape[-2:]) if normalize else maps[:, 0]
         return maps.to(images.device)
+
+    def _evidence(self, evidence, pictures: Tensor, target) -> Tensor:
+        """Another explainer's maps, (N, 1, h, w)."""
+        explain = getattr(evidence, "explain", evidence)
+        if not callable(explain):
+            raise ValueError(f"evidence {evidence!r} is no explainer; give one, as GradCAM(model, preprocess=preprocess)")
+        weights = explain(pictures, target).detach().to(pictures)
+        if weights.ndim != 3 or len(weights) != len(pictures) or bool((weights < 0).any()):
+            raise ValueError(
+                f"evidence gives {tuple(weights.shape)} from {float(weights.min()):.2g}; it must be (N, h, w), 0 or more"
+            )
+        empty = int((~weights.flatten(1).any(1)).sum())
+        if empty:
+            self._warn("evidence", f"the evidence of {empty} images is empty; their maps are SCAN's alone")
+        return weights[:, None]
 
     def extract(self, images: Tensor, target=None) -> tuple[Tensor, Tensor]:
         """Features and mask scores of images (N, 3, H, W), as the decoder takes them: (N, C, h, w), or tokens (N, T, C); float32.
@@ -411,7 +441,9 @@ class SCAN:
 
     def _outputs(self, features: Tensor, scores: Tensor, percentile: float | Sequence[float]) -> Tensor:
         """(N, 4, h', w'): confidence and reconstruction at a percentile, or the mean of several."""
-        several = percentile if isinstance(percentile, (tuple, list)) and percentile else [percentile]
+        several = [percentile] if isinstance(percentile, (int, float, str)) else [float(p) for p in percentile]
+        if not several:
+            raise ValueError("percentile is empty; give a number in 0..100, or several")
         found = [self._decode(self._masked(features, scores, p)) for p in map(_checked_percentile, several)]
         return torch.stack([torch.cat(split_outputs(outputs), 1) for outputs in found]).mean(0)
 

@@ -2,12 +2,14 @@ import subprocess
 import sys
 import warnings
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from PIL import Image
 
-from scanlib import SCAN, Signs
+from scanlib import SCAN, GradCAM, Signs, load_target
 from scanlib.cli import main
+from scanlib.photos import read_image
 
 
 @pytest.fixture
@@ -44,11 +46,23 @@ def test_train_and_explain(folder, tmp_path, capsys):
     assert Image.open(picture).size[0] > 600
     main(["explain", str(folder / "0.png"), "--decoder", str(out), "--class", "star", "--out", str(picture)])
     assert "star" in capsys.readouterr().out
-    pictures = [picture.read_bytes()]
-    for more in (["--percentile", "80,90,95"], ["--percentile", "80,90,95", "--evidence", "GradCAM"]):
-        main(["explain", str(folder / "0.png"), "--decoder", str(out), "--class", "star", *more, "--out", str(picture)])
-        pictures.append(picture.read_bytes())
-    assert len(set(pictures)) == 3
+
+
+def test_several_percentiles_and_evidence(folder, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("scanlib.plots.panels", lambda rows, *titles, **options: shown.append(rows) or plt.figure())
+    decoder = "--decoder data/checkpoints/signs_cnn_decoder.pt --class star"
+    for more in ("", "--percentile 60,95", "--percentile 60,95 --evidence GradCAM", "--evidence GradCAM --layer layer2"):
+        main(f"explain {folder / '0.png'} {decoder} {more} --out {tmp_path / 'map.png'}".split())
+    target = load_target("signs_cnn")
+    scanner = SCAN(target.model, target.layer, target.image_size, device="cpu").set_preprocess(target.preprocess)
+    scanner.load_decoder("data/checkpoints/signs_cnn_decoder.pt")
+    image, star = read_image(folder / "0.png", 64)[None], Signs.classes.index("star")
+    ways = [GradCAM(target.model, layer, target.preprocess) for layer in (None, "layer2")]
+    expected = [scanner(image, star)[0], scanner(image, star, (60, 95))[0]]
+    expected += [scanner.explain(image, star, p, evidence=way) for p, way in zip(((60, 95), 95), ways, strict=True)]
+    for rows, heat in zip(shown, expected, strict=True):
+        torch.testing.assert_close(rows[0][1], heat[0])
 
 
 def test_signs_as_data(tmp_path):
@@ -175,8 +189,9 @@ def test_compare_on_signs_and_on_a_folder(folder, tmp_path, capsys):
         and lines[2] in capsys.readouterr().out
     )
     main(f"compare signs {decoder} --limit 6 --methods GradCAM --metrics energy --percentiles 90 95 --evidence GradCAM".split())
-    energies = {row[0]: row[1] for row in (line.split(" | ") for line in capsys.readouterr().out.splitlines()) if len(row) > 2}
-    assert "| SCAN x GradCAM" in energies and energies["| SCAN x GradCAM"].strip("* ") > energies["| GradCAM"].strip("* ")
+    rows = (line.split(" | ") for line in capsys.readouterr().out.splitlines())
+    energies = {row[0].strip("| "): float(row[1].strip("*").split()[0]) for row in rows if len(row) > 2 and "." in row[1]}
+    assert energies["SCAN x GradCAM, P = 90-95"] > energies["GradCAM"]
     out = tmp_path / "table.csv"
     with pytest.warns(UserWarning, match="1 of 9 pictures"):
         main(

@@ -1,12 +1,14 @@
 """The parts of the benchmark on photographs that must never move: who is judged by what."""
 
+from zlib import crc32
+
 import numpy as np
 import torch
 from PIL import Image
 
 from benchmarks.photographs import Setting, boxed, part_of, photographs, views
 
-PARTS = {"0000_n01440764_tench.jpg": "train", "val_1.JPEG": "train", "a.jpg": "validation"}
+PARTS = ("test", "test", "validation", "validation", "train", "train", "train", "train", "train", "train")
 
 
 def picture(path, value, size=64):
@@ -15,7 +17,9 @@ def picture(path, value, size=64):
 
 
 def test_a_name_decides_the_part():
-    assert {name: part_of(name) for name in PARTS} == PARTS
+    names = {crc32(f"{number}.jpg".encode()) % 10: f"{number}.jpg" for number in range(200)}
+    assert tuple(part_of(names[rest]) for rest in range(10)) == PARTS
+    assert part_of("0000_n01440764_tench.jpg") == "train" and part_of("a.jpg") == "validation" and part_of("4.jpg") == "test"
     parts = [part_of(f"{number}.jpg") for number in range(2000)]
     shares = {part: parts.count(part) / 2000 for part in ("train", "validation", "test")}
     assert abs(shares["train"] - 0.6) < 0.05 and abs(shares["validation"] - 0.2) < 0.05 and abs(shares["test"] - 0.2) < 0.05

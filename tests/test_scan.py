@@ -779,19 +779,19 @@ def test_several_percentiles_are_the_mean_of_their_maps(tiny):
     several, rebuilt = scanner.decode(features, scores, (60, 80, 95))
     torch.testing.assert_close(several, sum(one) / 3)
     assert not torch.allclose(one[0], one[2]) and rebuilt.dtype == torch.uint8
-    torch.testing.assert_close(scanner(images, percentile=[60, 80, 95])[0], several)
+    torch.testing.assert_close(scanner(images, percentile=np.array([60, 80, 95]))[0], several)
     maps = scanner.explain(images, percentile=(60, 80, 95), normalize=False)
     torch.testing.assert_close(maps, sum(scanner.explain(images, None, p, normalize=False) for p in (60, 80, 95)) / 3)
 
 
-@pytest.mark.parametrize("wrong", [(), (50, 101), ("95",), "95"])
+@pytest.mark.parametrize("wrong", [(), (50, 101), "95", [-1.0]])
 def test_percentiles_that_are_none(tiny, wrong):
     scanner = ready(tiny)
-    with pytest.raises(ValueError, match="percentile .* out of range; give a number in 0..100"):
+    with pytest.raises(ValueError, match="percentile .*; give a number in 0..100"):
         scanner.explain(pictures().tensors[0], percentile=wrong)
 
 
-def test_evidence_multiplies_the_confidence(tiny):
+def test_evidence_is_weighed_by_confidence_over_its_mean(tiny):
     scanner, images, seen = ready(tiny), pictures().tensors[0], []
     half = torch.zeros(len(images), 32, 32)
     half[:, :, 16:] = 0.5
@@ -801,23 +801,52 @@ def test_evidence_multiplies_the_confidence(tiny):
         return half
 
     confidence = scanner.explain(images, 3, 90, normalize=False)
-    weighed = scanner.explain(images, 3, 90, normalize=False, evidence=evidence)
-    middle = confidence.shape[-1] // 2
-    torch.testing.assert_close(weighed[:, :, middle + 1 :], confidence[:, :, middle + 1 :] / 2)
-    assert not weighed[:, :, : middle - 1].any() and confidence[:, :, : middle - 1].any()
-    assert seen[0][0].shape == images.shape and seen[0][1] == 3
-    ones = scanner.explain(images, 3, 90, evidence=lambda pictures, target: torch.ones(len(pictures), 8, 8))
-    torch.testing.assert_close(ones, scanner.explain(images, 3, 90))
-    weighed = scanner.explain(images, 3, 90, evidence=evidence)
-    assert weighed.amin((1, 2)).eq(0).all() and weighed.amax((1, 2)).eq(1).all()
+    assert confidence.shape[1:] == (32, 32)  # so nothing is resized
+    by_hand = half * (1 + confidence / confidence.mean((1, 2), keepdim=True))
+    torch.testing.assert_close(scanner.explain(images, 3, 90, normalize=False, evidence=evidence), by_hand)
+    torch.testing.assert_close(scanner.explain(images, 3, 90, evidence=evidence), stretched(by_hand, (32, 32)))
+    assert torch.equal(seen[0][0], images) and seen[0][1] == 3
+    flat = scanner.explain(images, 3, 90, evidence=lambda pictures, target: torch.ones(len(pictures), 8, 8))
+    torch.testing.assert_close(flat, scanner.explain(images, 3, 90))  # says nothing of any place
 
 
-def test_evidence_sees_the_pictures_as_scan_does(tiny):
+def test_evidence_sees_the_pictures_as_scan_does_and_may_need_gradients(tiny):
     scanner, sizes = ready(tiny), []
-    maps = scanner.explain(
-        torch.rand(2, 3, 48, 40) * 255, evidence=lambda x, _: sizes.append(x.shape) or torch.ones(len(x), 4, 4)
-    )
+
+    def saliency(x, target):
+        sizes.append(x.shape)
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            return torch.autograd.grad(tiny(x).amax(1).sum(), x)[0].abs().sum(1)
+
+    maps = scanner.explain(torch.rand(2, 3, 48, 40) * 255, evidence=saliency)
     assert sizes == [(2, 3, 32, 32)] and maps.shape == (2, 48, 40)
+    by_scan = scanner.explain(pictures().tensors[0], evidence=scanner)  # an object with ``explain`` will do
+    assert by_scan.shape == (12, 32, 32)
+
+
+def test_fine_evidence_is_averaged_not_sampled(tiny):
+    scanner = SCAN(tiny, "back", (64, 64), device="cpu").set_preprocess(lambda x: x / 255)
+    scanner.set_dataset(DataLoader(pictures(8, 64), 4)).generate_decoder(output_stride=4).compile().fit(1, verbose=False)
+    images, dots = pictures(2, 64).tensors[0], torch.zeros(2, 64, 64)
+    dots[:, ::4, ::4] = 1  # one pixel of each of the decoder's
+    weighed = scanner.explain(images, normalize=False, evidence=lambda *_: dots)
+    assert weighed.shape == (2, 16, 16) and (weighed > 0).all()
+
+
+def test_empty_evidence_leaves_the_confidence(tiny):
+    scanner, images = ready(tiny), pictures().tensors[0]
+    half_empty = torch.ones(len(images), 8, 8)
+    half_empty[:6] = 0
+    with pytest.warns(UserWarning, match="the evidence of 6 images is empty"):
+        maps = scanner.explain(images, evidence=lambda *_: half_empty)
+    torch.testing.assert_close(maps[:6], scanner.explain(images)[:6])
+
+
+@pytest.mark.parametrize("evidence", ["GradCAM", lambda x, _: x, lambda x, _: -torch.ones(len(x), 4, 4)])
+def test_evidence_that_is_none(tiny, evidence):
+    with pytest.raises(ValueError, match="^evidence "):
+        ready(tiny).explain(pictures().tensors[0], evidence=evidence)
 
 
 # --- encoded once, for several decoders ---
@@ -833,11 +862,25 @@ def test_decoders_share_encoded_pictures(tiny):
         scanner.set_dataset(loader if scanner is apart else scanner.encoded(loader, verbose=False)).compile()
         histories.append(scanner.fit(2, verbose=False, cache=True))
     assert histories[0] == histories[1]
-    with torch.no_grad():
-        tiny.back[0].weight.add_(1)  # what is encoded stands, whatever the model does
-    assert shared.generate_decoder().compile().fit(1, verbose=False)["loss"][0] > 0
+    runs = []
+    handle = tiny.register_forward_hook(lambda *_: runs.append(1))
+    shared.generate_decoder().compile().fit(1, verbose=False)
+    handle.remove()
+    assert not runs  # the model rests
     with pytest.raises(RuntimeError, match="there is no decoder yet"):
         scanner_for(tiny).encoded(loader)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [({"mask_by": "attribution"}, "mask_by"), ({"layer": "front"}, "layer"), ({"size": 64}, "grid"), ({"stride": 2}, "decoded")],
+)
+def test_pictures_encoded_for_another_scanner_are_refused(tiny, other, named):
+    stride = other.pop("stride", None)
+    cache = scanner_for(tiny).generate_decoder().encoded(DataLoader(pictures(), 4), verbose=False)
+    scanner = scanner_for(tiny, **other).set_dataset(cache).generate_decoder(output_stride=stride).compile()
+    with pytest.raises(ValueError, match=f"the pictures were encoded for {named} = "):
+        scanner.fit(1, verbose=False)
 
 
 def test_batches_of_a_single_tensor_are_images_alone(tiny):
