@@ -236,7 +236,9 @@ def table(bench: Bench, settings: list[Setting], wanted) -> Comparison:
         found.values[name] = bench.figures(name, explain, fills)
     for name, each in seeds.items():  # one row of all seeds, picture by picture; the leader is sought among such rows
         of_seeds = [found.values.pop(seed) for seed in each]
-        found.values[f"{name}, {len(each)} seeds"] = {key: torch.stack([v[key] for v in of_seeds]).mean(0) for key in better}
+        found.values[f"{name}, {len(each)} seed{'s'[: len(each) - 1]}"] = {
+            key: torch.stack([v[key] for v in of_seeds]).mean(0) for key in better
+        }
         spread = {key: max(means) - min(means) for key in better if (means := [float(v[key].mean()) for v in of_seeds])}
         print(f"{name}: highest - lowest of the seeds' means:", ", ".join(f"{key} {v:.3f}" for key, v in spread.items()))
     return found
