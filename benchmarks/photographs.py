@@ -77,11 +77,8 @@ def boxed(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 def network(name: str, weights: Path) -> tuple[torch.nn.Module, str, Normalize]:
     """A network in eval mode, the layer SCAN reads, and its preprocessing."""
     if name == "squeezenet1_1":
-        model, layer, preprocess = (
-            torchvision.models.squeezenet1_1(weights=None),
-            "features.12",
-            Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        )
+        model, layer = torchvision.models.squeezenet1_1(weights=None), "features.12"
+        preprocess = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     else:
         model = torchvision.models.VisionTransformer(224, 16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
         layer, preprocess = "encoder.layers.encoder_layer_10", Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
