@@ -370,9 +370,9 @@ class SCAN:
 
         target: None (predicted class), a class, one per image, or callables on an image's outputs. percentile: as in ``decode``.
         normalize=True stretches each map to [0, 1]; False gives the confidence as it is, at the decoder's resolution.
-        evidence: another explainer. Its map E in [0, 1] is weighed by the confidence C: E (1 + C / mean(C)), so C raises what it is
-        sure of and vetoes nothing. Where E is empty C stands alone, and a warning says so. Raises ValueError for maps that are not
-        (N, h, w), or negative.
+        evidence: another explainer. Its map E in [0, 1] is weighed by the confidence C: E (1 + C / mean(C)), so C raises what
+        it is sure of and vetoes nothing. Where E is empty C stands alone, and a warning says so. Raises ValueError for maps
+        that are not (N, h, w), or negative.
         """
         pictures = self._images(images)
         weights = None if evidence is None else self._evidence(evidence, pictures, target)
