@@ -28,7 +28,8 @@ from scanlib.decoders import ConvolutionalDecoder, ResidualModule, TransformerBl
 from scanlib.factorization import DeepFeatureFactorization
 from scanlib.formulas import grad_cam, layer_cam
 from scanlib.fullgrad import FullGrad
-from scanlib.hooks import FeatureTap, FeatureTaps, Layout, resolve_layer
+from scanlib.hooks import FeatureTap, FeatureTaps
+from scanlib.layers import Layout, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, self_confidence
 from scanlib.models import SmallResNet, load_target, small_vit
 from scanlib.perturbation import ISCAM, SSCAM, AblationCAM, ScoreCAM

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from scanlib.explainer import Explainer, exact
-from scanlib.hooks import USUAL_PREFIX_TOKENS, Layout, Target, logits_of, resolve_layer, target_scores
+from scanlib.layers import USUAL_PREFIX_TOKENS, Layout, resolve_layer
+from scanlib.outputs import logits_of
+from scanlib.targets import Target, target_scores
 
 # --- the formulas ---
 

@@ -4,148 +4,25 @@ maps = GradCAM(model, "layer4", preprocess)(images)             # (N, 3, H, W) i
 each = GradCAM(model, ["layer3", "layer4"], preprocess).for_classes(images, [3, 7])         # (N, 2, H, W)
 """
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from scanlib import formulas
-from scanlib.explainer import Explainer, exact
-from scanlib.formulas import FUSE, first_component
-from scanlib.hooks import FeatureTaps, Target, class_indices, evaluating, resolve_layer, target_scores
-from scanlib.maps import resized, stretched
-from scanlib.models import default_layer
-from scanlib.targets import contrast
+from scanlib.cam_explainer import CAMExplainer
+from scanlib.explainer import exact
+from scanlib.hooks import FeatureTaps
+from scanlib.layers import resolve_layer
+from scanlib.targets import class_indices, contrast, target_scores
 
 
-class _CAM(Explainer):
-    """Every method's call; see ``Explainer``.
-
-    Args:
-        model: any classifier; with a callable target any model.
-        target_layer: name, module, index, or a list of them, whose maps are fused; None takes the last layer with a spatial
-            extent, which ``layers`` tells after the call.
-        preprocess: what turns images in [0, 255] into the model's input; None passes them on as they are.
-        fuse: how maps of several layers become one: "mean", "max", "product", "tanh" (Layer-CAM's), or a function of the list of
-            maps (N, h, w), all resized to the finest. None: what the method's paper says, else "mean".
-        reshape: the layer's output -> (N, C, h, w); None reads the layout off the shape (CNNs, Swin, tokens with any prefix).
-        eigen_smooth: the first principal component of the channels' contributions in place of their sum.
-        aug_smooth: the mean over mirrored and brighter or darker inputs (six in all).
-        differentiable: keep the graph, so that the map's gradient reaches images and weights; for raw or normalised maps.
-    """
-
-    graph: str | None = "tail"  # what is recorded, and whether gradients have gradients: see FeatureTaps
-    twice = False
-    fusion = "mean"
-    formula: Callable[..., Tensor]
-
-    def __init__(
-        self,
-        model: nn.Module,
-        target_layer=None,
-        preprocess: Callable[[Tensor], Tensor] | None = None,
-        *,
-        fuse: str | Callable | None = None,
-        reshape: Callable[[Tensor], Tensor] | None = None,
-        eigen_smooth: bool = False,
-        aug_smooth: bool = False,
-        differentiable: bool = False,
-    ):
-        super().__init__(model, target_layer, preprocess)
-        layers = list(target_layer) if isinstance(target_layer, (list, tuple)) else [target_layer]
-        if not layers:
-            raise ValueError(f"target_layer {target_layer!r} is empty; give a layer, a list of them, or None for the last one")
-        self.layers = None if target_layer is None else [resolve_layer(model, layer)[0] for layer in layers]
-        self._found: dict[tuple[int, ...], str] = {}  # the last layer with a spatial extent, by the shape of an input
-        fuse = fuse or self.fusion
-        if not callable(fuse) and fuse not in FUSE:
-            raise ValueError(f"fuse {fuse!r} is not known; take one of {', '.join(FUSE)}, or a function")
-        self.fuse = fuse if callable(fuse) else FUSE[fuse]
-        self.reshape, self.aug_smooth = reshape, aug_smooth
-        component = "combine" not in inspect.signature(type(self).formula).parameters
-        if eigen_smooth and component:
-            raise ValueError(f"eigen_smooth is not for {type(self).__name__}, whose map is a component already; leave it out")
-        if differentiable and (eigen_smooth or component):
-            raise ValueError(
-                "differentiable=True is not for principal components, which turn where eigenvalues meet; take GradCAM"
-            )
-        self.options = {"combine": first_component} if eigen_smooth else {}
-        self.differentiable = differentiable
-        if differentiable:
-            self.graph, self.twice = "whole", True
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({type(self.model).__name__}, {', '.join(self.layers or ['last spatial layer'])})"
-
-    def for_classes(self, images: Tensor, classes: Sequence[Target], normalize: bool = True) -> Tensor:
-        """The same images for K classes, (N, K, H, W), from one run of the model; (N, K, h, w) raw. classes: K targets."""
-        with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable), evaluating(self.model):
-            inputs = self._inputs(images)
-            if not len(images):
-                return torch.zeros(0, len(classes), *images.shape[2:], device=images.device)
-            maps = torch.stack(self._maps_for(inputs, list(classes)), 1)
-        self._one_each(maps, images)
-        if normalize:
-            maps = stretched(maps.flatten(0, 1).relu(), images.shape[2:]).unflatten(0, maps.shape[:2])
-        return maps.to(images.device)
-
-    def _maps(self, inputs: Tensor, target: Target) -> Tensor:
-        return self._maps_for(inputs, [target])[0]
-
-    def _maps_for(self, inputs: Tensor, targets: list[Target]) -> list[Tensor]:
-        """One raw map (N, h, w) for each target."""
-        if self.target_layer is None:
-            shape = tuple(inputs.shape[1:])
-            if shape not in self._found:
-                self._found[shape] = default_layer(self.model, shape[1:], shape[0])
-            self.layers = [self._found[shape]]
-        if not self.aug_smooth:
-            return self._fused(inputs, targets)
-        with FeatureTaps(self.model, self.layers, graph=None) as taps:
-            logits = taps(inputs)
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            raise ValueError("aug_smooth mirrors the images, but not what a target says of places; leave it out for this model")
-        # changed inputs must not be explained for other classes
-        targets = [class_indices(logits, None) if target is None else target for target in targets]
-        runs = [self._fused(scale * inputs, targets) for scale in (0.9, 1.0, 1.1)]
-        mirrored = [self._fused(scale * inputs.flip(-1), targets) for scale in (0.9, 1.0, 1.1)]
-        runs += [[maps.flip(-1) for maps in run] for run in mirrored]
-        return [torch.stack(maps).mean(0) for maps in zip(*runs, strict=True)]
-
-    def _fused(self, inputs: Tensor, targets: list[Target]) -> list[Tensor]:
-        return [self._fuse(maps) for maps in self._layer_maps(inputs, targets)]
-
-    def _fuse(self, maps: list[Tensor]) -> Tensor:
-        if len(maps) == 1:
-            return maps[0]
-        finest = max((layer.shape[1:] for layer in maps), key=lambda grid: grid.numel())
-        return self.fuse([resized(layer, finest) for layer in maps])
-
-    def _layer_maps(self, inputs: Tensor, targets: list[Target]) -> list[list[Tensor]]:
-        """For each target one raw map (N, h, w) for each layer."""
-        with FeatureTaps(self.model, self.layers, graph=self.graph, twice=self.twice) as taps:
-            taps(inputs)
-            features = self._arranged(taps, taps.features)
-            formula = partial(type(self).formula, **self.options)
-            return [list(map(formula, features, *self._evidence(taps, target))) for target in targets]
-
-    def _evidence(self, taps: FeatureTaps, target: Target) -> list[list[Tensor]]:
-        """What the formula wants besides the activations: for each of its arguments a tensor for each layer."""
-        return [self._arranged(taps, taps.gradients(target))]
-
-    def _arranged(self, taps: FeatureTaps, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each layer's tensor as (N, C, h, w), in single precision or better."""
-        arrange = [self.reshape] * len(tensors) if self.reshape else [layout.to_maps for layout in taps.layouts]
-        return [exact(to_maps(tensor)) for to_maps, tensor in zip(arrange, tensors, strict=True)]
-
-
-class CAM(_CAM):
+class CAM(CAMExplainer):
     """CAM (Zhou et al. 2016, Eq. 2): relu(sum_c w_c A_c), w the class's weights in the linear layer behind the pooling.
 
     fc_layer: that layer (Linear, or a convolution of 1x1): name, module or index; None finds the one whose sizes fit. Targets are
-    classes. ``_CAM`` tells the other arguments, ``Explainer`` the call.
+    classes. ``CAMExplainer`` tells the other arguments, ``Explainer`` the call.
     """
 
     graph, formula = None, staticmethod(formulas.weighted_sum)
@@ -188,19 +65,19 @@ class CAM(_CAM):
         return weight.reshape(classes, channels)
 
 
-class GradCAM(_CAM):
+class GradCAM(CAMExplainer):
     """Grad-CAM (Selvaraju et al. 2017); formula: ``grad_cam``."""
 
     formula = staticmethod(formulas.grad_cam)
 
 
-class GradCAMPlusPlus(_CAM):
+class GradCAMPlusPlus(CAMExplainer):
     """Grad-CAM++ (Chattopadhyay et al. 2018); formula: ``grad_cam_plus_plus``."""
 
     formula = staticmethod(formulas.grad_cam_plus_plus)
 
 
-class SmoothGradCAMPlusPlus(_CAM):
+class SmoothGradCAMPlusPlus(CAMExplainer):
     """SmoothGrad-CAM++ (Omeiza et al. 2019); formula: ``smooth_grad_cam_plus_plus``.
 
     samples: noisy copies of the images. std: of the noise, in units of the model's input. seed: of the noise.
@@ -233,31 +110,31 @@ class SmoothGradCAMPlusPlus(_CAM):
         return [[formula(A, *of_layer) for A, of_layer in zip(features, of_target, strict=True)] for of_target in moments]
 
 
-class XGradCAM(_CAM):
+class XGradCAM(CAMExplainer):
     """XGrad-CAM (Fu et al. 2020); formula: ``x_grad_cam``."""
 
     formula = staticmethod(formulas.x_grad_cam)
 
 
-class LayerCAM(_CAM):
+class LayerCAM(CAMExplainer):
     """Layer-CAM (Jiang et al. 2021); formula: ``layer_cam``. Several layers are fused by ``max_of_tanh``."""
 
     formula, fusion = staticmethod(formulas.layer_cam), "tanh"
 
 
-class HiResCAM(_CAM):
+class HiResCAM(CAMExplainer):
     """HiResCAM (Draelos, Carin 2020); formula: ``hires_cam``."""
 
     formula = staticmethod(formulas.hires_cam)
 
 
-class GradCAMElementWise(_CAM):
+class GradCAMElementWise(CAMExplainer):
     """Element-wise Grad-CAM; formula: ``grad_cam_elementwise``."""
 
     formula = staticmethod(formulas.grad_cam_elementwise)
 
 
-class ShapleyCAM(_CAM):
+class ShapleyCAM(CAMExplainer):
     """ShapleyCAM (Cai 2025); formula: ``shapley_cam``. The paper explains the score ``targets.rest(class)``."""
 
     formula, twice = staticmethod(formulas.shapley_cam), True
@@ -284,7 +161,7 @@ class ShapleyCAM(_CAM):
         return [self._arranged(taps, gradients), self._arranged(taps, products)]
 
 
-class EigenCAM(_CAM):
+class EigenCAM(CAMExplainer):
     """Eigen-CAM (Muhammad, Yeasin 2020); formula: ``eigen_cam``. The target makes no difference."""
 
     graph, formula = None, staticmethod(formulas.eigen_cam)
@@ -295,19 +172,19 @@ class EigenCAM(_CAM):
         return []
 
 
-class EigenGradCAM(_CAM):
+class EigenGradCAM(CAMExplainer):
     """Eigen-Grad-CAM; formula: ``eigen_grad_cam``."""
 
     formula = staticmethod(formulas.eigen_grad_cam)
 
 
-class SegEigenCAM(_CAM):
+class SegEigenCAM(CAMExplainer):
     """Seg-Eigen-CAM (Chung, Ying 2025); formula: ``seg_eigen_cam``."""
 
     formula = staticmethod(formulas.seg_eigen_cam)
 
 
-class KPCACAM(_CAM):
+class KPCACAM(CAMExplainer):
     """KPCA-CAM (Karmani et al. 2024); formula: ``kpca_cam``, with its kernel and gamma. The target makes no difference."""
 
     graph, formula = None, staticmethod(formulas.kpca_cam)
@@ -320,7 +197,7 @@ class KPCACAM(_CAM):
         self.options |= {"kernel": kernel, "gamma": gamma}
 
 
-class FEM(_CAM):
+class FEM(CAMExplainer):
     """FEM (Fuad et al. 2020); formula: ``fem``, with its k. The target makes no difference."""
 
     graph, formula = None, staticmethod(formulas.fem)

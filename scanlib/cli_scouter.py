@@ -1,4 +1,4 @@
-"""The command line of SCOUTER: every field of a ``Recipe`` is an option, presets have names, commas make a sweep.
+"""The command line of SCOUTER's training: every field of a ``Recipe`` is an option, presets have names, commas make a sweep.
 
 python -m scanlib train scouter --preset mnist-base --out base.pt
 python -m scanlib train scouter --preset mnist-positive --start base.pt --out positive.pt
@@ -7,18 +7,11 @@ torchrun --nproc-per-node 4 -m scanlib train scouter --preset cub200-base --out 
 """
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 from scanlib.distributed import is_first, processes
-from scanlib.explainer import prepared
 from scanlib.models import named_weights
-from scanlib.plots import overlay
-from scanlib.scouter import Scouter
 from scanlib.scouter_recipes import FROM_BASE, PRESETS, Recipe, finished, sweep, train
 
 SWEPT = ("lam", "power", "slots", "classes")
@@ -100,27 +93,3 @@ def _trained(run: Recipe, out: Path, options: argparse.Namespace, go_on: bool) -
     if is_first():
         print(f"{out}: {run.head} of {run.backbone} on {run.data}, accuracy {found['val_Accuracy']:.3f} on the test pictures")
     return found
-
-
-def explained(scouter: Scouter, images: Tensor, target: int | None, names: Sequence[str]):
-    """Rows of a figure, its column and its row titles: each picture's predicted class and the one with the lowest logit, or the
-    target."""
-    with torch.no_grad():
-        slots = scouter.attend(prepared(scouter, scouter.preprocess, images))
-    logits, areas, maps = slots.logits.cpu(), slots.attention.mean((2, 3, 4)).cpu(), scouter.heat_maps(images)
-    side = "for" if scouter.sign > 0 else "against"
-    if target is None:
-        shown, titles = [logits.argmax(1), logits.argmin(1)], [f"{side} the highest logit", f"{side} the lowest"]
-    else:
-        shown, titles = [torch.full((len(images),), target)], [f"{side} {names[target]}"]
-    rows, said = [], []
-    for i, image in enumerate(images):
-        classes = [int(chosen[i]) for chosen in shown]
-        rows.append([image, *(panel for c in classes for panel in (maps[i, c], overlay(image, maps[i, c])))])
-        said.append("\n".join(f"{names[c]} {logits[i, c]:.1f}, area {areas[i, c]:.3f}" for c in classes))
-    return rows, ["picture", *(text for title in titles for text in (title, "overlay"))], said
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The plain classifier in what ``load_trained`` gave; a Scouter is its own."""
-    return model if isinstance(model, Scouter) else model.model

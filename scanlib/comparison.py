@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from scanlib.comparison_table import Comparison
 from scanlib.explainer import prepared
-from scanlib.hooks import class_indices, evaluating, is_callables, logits_of
 from scanlib.localisation import checked_masks
 from scanlib.maps import fitting
 from scanlib.metrics import (
@@ -39,8 +38,10 @@ from scanlib.metrics import (
     removal_curves,
     road,
 )
+from scanlib.outputs import evaluating, logits_of
 from scanlib.removal import Score, floating, places
 from scanlib.road import PERCENTILES
+from scanlib.targets import class_indices, is_callables
 
 
 @dataclass

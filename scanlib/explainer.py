@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from scanlib.hooks import Target, evaluating
 from scanlib.maps import stretched
+from scanlib.outputs import evaluating
+from scanlib.targets import Target
 
 
 class Explainer:

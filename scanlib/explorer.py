@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scanlib.explainer import prepared
-from scanlib.hooks import evaluating, logits_of
 from scanlib.maps import resized, unit_range
 from scanlib.masking import percentile_of_positives
+from scanlib.outputs import evaluating, logits_of
 from scanlib.plots import labelled_row, overlay, to_pixels
 from scanlib.removal import are_probabilities, mean_colour
 from scanlib.scan import SCAN

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from scanlib.explainer import Explainer, exact
-from scanlib.hooks import FeatureTaps, evaluating
+from scanlib.hooks import FeatureTaps
 from scanlib.maps import resized
 from scanlib.models import default_layer
+from scanlib.outputs import evaluating
 from scanlib.tail import Tail
 
 

@@ -6,16 +6,13 @@
 
 Formulas take and return any number of axes behind the channels; sums over i, j mean all of them. Most are a sum over channels c
 of what each channel contributes; with ``combine=first_component`` its first principal component stands for the sum ("eigen
-smooth"). Maps of several layers become one by a function of their list.
+smooth").
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
-
-from scanlib.maps import unit_range
 
 
 def over_places(x: Tensor, reduce=torch.sum) -> Tensor:
@@ -150,30 +147,3 @@ def fem(A: Tensor, k: float = 2.0, combine=channel_sum) -> Tensor:
 def weighted_sum(A: Tensor, weights: Tensor, combine=channel_sum) -> Tensor:
     """relu(sum_c w_c A_c), the weights (B, C) from elsewhere: CAM (Zhou et al. 2016), Score-CAM, Ablation-CAM."""
     return combine(weights.view(*weights.shape, *[1] * (A.ndim - 2)) * A).relu()
-
-
-# --- several layers ---
-
-
-def mean_of_maps(maps: Sequence[Tensor]) -> Tensor:
-    """Each layer's map stretched to [0, 1], then their mean."""
-    return torch.stack([unit_range(layer.relu()) for layer in maps]).mean(0)
-
-
-def max_of_maps(maps: Sequence[Tensor]) -> Tensor:
-    """Each layer's map stretched to [0, 1], then their maximum."""
-    return torch.stack([unit_range(layer.relu()) for layer in maps]).amax(0)
-
-
-def product_of_maps(maps: Sequence[Tensor]) -> Tensor:
-    """Each layer's map stretched to [0, 1], then their product: what all layers agree on."""
-    return torch.stack([unit_range(layer.relu()) for layer in maps]).prod(0)
-
-
-def max_of_tanh(maps: Sequence[Tensor]) -> Tensor:
-    """Layer-CAM's fusion (Jiang et al. 2021, Eqs. 7-8): tanh(2 M / max M), then the maximum."""
-    peaks = [M.amax(tuple(range(1, M.ndim)), keepdim=True).clamp_min(1e-12) for M in maps]
-    return torch.stack([(2 * M / peak).tanh() for M, peak in zip(maps, peaks, strict=True)]).amax(0)
-
-
-FUSE = {"mean": mean_of_maps, "max": max_of_maps, "product": product_of_maps, "tanh": max_of_tanh}

@@ -13,8 +13,10 @@ import torchvision
 from torch import Tensor, nn
 
 from scanlib.explainer import Explainer, exact
-from scanlib.hooks import Layout, logits_of, target_scores
+from scanlib.layers import Layout
 from scanlib.maps import resized
+from scanlib.outputs import logits_of
+from scanlib.targets import target_scores
 
 NORMS = (nn.modules.batchnorm._BatchNorm, torchvision.ops.FrozenBatchNorm2d)  # with statistics of their own
 BIASED = (

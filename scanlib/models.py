@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scanlib.checkpoint import load_checkpoint
 from scanlib.data import Signs
 from scanlib.freezing import HEADS
-from scanlib.hooks import evaluating
+from scanlib.outputs import evaluating
 
 CHECKPOINTS = Path(__file__).parent.parent / "data" / "checkpoints"
 

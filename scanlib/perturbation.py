@@ -14,16 +14,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from scanlib.cams import _CAM
+from scanlib.cam_explainer import CAMExplainer
 from scanlib.explainer import exact, quick
 from scanlib.formulas import weighted_sum
-from scanlib.hooks import FeatureTaps, Target, class_indices, is_callables, logits_of, target_scores
+from scanlib.hooks import FeatureTaps
 from scanlib.maps import resized, unit_range
+from scanlib.outputs import logits_of
 from scanlib.tail import Tail
+from scanlib.targets import Target, class_indices, is_callables, target_scores
 
 
-class _Perturbation(_CAM):
-    """A CAM whose weights come from many runs. batch_size: images a run. ``_CAM`` tells the other arguments."""
+class _Perturbation(CAMExplainer):
+    """A CAM whose weights come from many runs. batch_size: images a run. ``CAMExplainer`` tells the other arguments."""
 
     graph, formula = None, staticmethod(weighted_sum)
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scanlib.explainer import prepared
-from scanlib.hooks import evaluating, logits_of
 from scanlib.localisation import ranked
 from scanlib.maps import fitting
+from scanlib.outputs import evaluating, logits_of
 
 Score = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, H, W) in [0, 255] and their indices (B,) -> (B,)
 

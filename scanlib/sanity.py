@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scanlib.hooks import of_images
 from scanlib.quality import correlation
+from scanlib.targets import of_images
 
 
 class Randomisation(NamedTuple):

@@ -10,12 +10,10 @@ For features F at the layer and the class's gradient there, G = relu(dy_c / dF),
 P-th percentile of G's positive entries (Eq. 1). Its target is the picture blurred to the layer's grid.
 """
 
-import copy
 import inspect
 import math
 import os
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -23,14 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scanlib import decoders
-from scanlib.checkpoint import load_checkpoint, save_checkpoint
+from scanlib.decoder_file import built, fingerprint, read_decoder, write_decoder
 from scanlib.explainer import quick
 from scanlib.feature_cache import Encoded, FeatureCache, pictures, repeats
-from scanlib.hooks import FeatureTap, Layout, Target, class_indices, is_callables, resolve_layer
+from scanlib.hooks import FeatureTap
+from scanlib.layers import Layout, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, split_outputs
 from scanlib.maps import stretched
 from scanlib.masking import MASKS, blur_to_grid, mask_scores, percentile_of_positives
 from scanlib.models import default_layer
+from scanlib.targets import Target, class_indices, is_callables
 from scanlib.trainer import Trainer
 
 
@@ -122,7 +122,7 @@ class SCAN:
     def _encoding(self) -> dict:
         """What encoded pictures depend on, in plain values."""
         decoder = {"tokens": self._is_tokens, "decoded": list(self._decoded_size()), "device": str(self.device)}
-        return self._identity() | {"weights": _fingerprint(self.model)} | decoder
+        return self._identity() | {"weights": fingerprint(self.model)} | decoder
 
     def set_validation_dataset(self, dataloader: Iterable) -> "SCAN":
         """Pictures to validate on after each epoch, masked by G > 0."""
@@ -159,21 +159,15 @@ class SCAN:
         }
         if transformer:
             config |= {"prefix": layout.prefix, "depth": depth}
-        self._adopt(self._built(config), config)
+        self._adopt(built(config), config)
         self._trained = False
         return self
 
     def _adopt(self, decoder: nn.Module, config: dict | None) -> None:
-        self.decoder, self._decoder_config = decoder, config
+        layout = {} if config is None else {"memory_format": torch.channels_last}
+        with torch.inference_mode(False):  # weights moved in inference mode could never be trained
+            self.decoder, self._decoder_config = decoder.to(self.device, **layout), config
         self.optimizer = self.trainer = None
-
-    def _built(self, config: dict) -> nn.Module:
-        arguments = {name: value for name, value in config.items() if name != "decoder"}
-        kind = {"ConvolutionalDecoder": decoders.ConvolutionalDecoder, "TransformerDecoder": decoders.TransformerDecoder}[
-            config["decoder"]
-        ]
-        with torch.inference_mode(False):  # parameters made in inference mode could never be trained
-            return kind(**arguments).to(self.device, memory_format=torch.channels_last)
 
     def compile(
         self,
@@ -268,7 +262,7 @@ class SCAN:
             batches = len(training)
         except (TypeError, NotImplementedError):
             batches = None
-        return {**self._identity(), "weights": _fingerprint(self.model), "decoder": self._decoder_config} | {
+        return {**self._identity(), "weights": fingerprint(self.model), "decoder": self._decoder_config} | {
             "percentiles": list(self.use_augmentation) if self.use_augmentation else False,
             "alpha": self.criterion.alpha,
             "optimizer": type(self.optimizer).__name__,
@@ -465,46 +459,23 @@ class SCAN:
         self._need_decoder("generate_decoder() and fit()")
         if not self._trained:
             raise RuntimeError("the decoder is not trained yet; call fit() before save_decoder(path)")
-        if not all(bool(torch.isfinite(value).all()) for value in self.decoder.state_dict().values()):
-            raise ValueError(
-                "the decoder's weights are not finite, so it was not saved; train a new one with a smaller learning rate"
-            )
-        state = {key: value.detach().cpu() for key, value in self.decoder.state_dict().items()}
-        if half:
-            state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-        content = {"format": 1, "kind": "scan decoder", "identity": self._identity(), "weights": _fingerprint(self.model)}
-        save_checkpoint(content | {"config": self._decoder_config, "notes": notes or {}, "state_dict": state}, path)
+        belongs = self._decoder_config, self._identity(), fingerprint(self.model)
+        write_decoder(path, self.decoder, *belongs, half=half, notes=notes)
 
     def load_decoder(self, path: str | os.PathLike) -> "SCAN":
         """Read a decoder that ``save_decoder`` wrote, onto this device; what was noted with it is in ``notes``.
 
-        Raises FileNotFoundError, and ValueError when the file is damaged, holds code, or belongs to another layer or model.
+        Raises FileNotFoundError, and ValueError when the file is damaged, holds code, or belongs to another layer or model; the
+        scanner is then as it was.
         """
-        saved = load_checkpoint(path, ("identity", "weights", "config", "state_dict"))
-        fits = isinstance(saved["identity"], dict)
-        for name, value in self._identity().items():
-            if fits and saved["identity"].get(name) != value:
-                raise ValueError(
-                    f"{path} was trained for {name} = {saved['identity'].get(name)}, this scanner has {value}; "
-                    "build the scanner as it was when the decoder was saved, or train a new decoder"
-                )
-        config, layout = saved["config"], self.layout
-        if config is None and self.decoder is None:
-            raise ValueError(f"{path} holds a decoder of one's own making; pass that module as decoder_model first")
-        try:
-            if config is not None and (config["in_channels"], config["grid"]) != (layout.channels, list(layout.grid)):
-                fits = False
-            decoder = copy.deepcopy(self.decoder) if config is None else self._built(config) if fits else None
-            decoder.load_state_dict(saved["state_dict"])
-        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, ArithmeticError) as error:
-            raise ValueError(f"{path} holds a decoder that does not fit its own description; train a new one") from error
-        if saved["weights"] != _fingerprint(self.model):
+        decoder, config, saved = read_decoder(path, self._identity(), self.decoder)
+        if saved["weights"] != fingerprint(self.model):
             what = "was trained for other weights of the same architecture; its maps may mislead, train a decoder for these"
             self._warn("weights", f"{path} {what}")
-        if config is None:
-            self.decoder.load_state_dict(saved["state_dict"])
-            decoder = self.decoder
-        self._adopt(decoder.eval(), config)  # only now: a bad file leaves the scanner as it was
+        if config is None:  # into the module that was given
+            self.decoder.load_state_dict(decoder.state_dict())
+            decoder = self.decoder.eval()
+        self._adopt(decoder, config)
         self._trained, self.notes = True, saved.get("notes", {})
         return self
 
@@ -594,10 +565,3 @@ def _checked_percentile(percentile: float) -> float:
     if not isinstance(percentile, (int, float)) or not 0 <= percentile <= 100:
         raise ValueError(f"percentile {percentile!r} is out of range; give a number in 0..100")
     return float(percentile)
-
-
-def _fingerprint(model: nn.Module) -> int:
-    """A checksum of a few values of each parameter: tells whether two models hold the same weights."""
-    parts = [parameter.detach().flatten()[:8].float().cpu() for parameter in model.parameters()]
-    values = torch.cat(parts).tolist() if parts else []
-    return zlib.crc32(" ".join(f"{value:.5g}" for value in values).encode())

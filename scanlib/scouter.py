@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from scanlib.explainer import Explainer
 from scanlib.freezing import Frozen
-from scanlib.hooks import Layout, Target, evaluating, resolve_layer, target_scores
+from scanlib.layers import Layout, resolve_layer
 from scanlib.maps import resized
 from scanlib.models import default_layer
+from scanlib.outputs import evaluating
 from scanlib.slot_attention import Slots, XSlotAttention, position_code
+from scanlib.targets import Target, target_scores
 
 
 class Scouter(nn.Module):

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from scanlib.hooks import of_images
 from scanlib.maps import fitting
 from scanlib.removal import Score, floating, mean_colour, scores_without
+from scanlib.targets import of_images
 
 
 def infidelity(

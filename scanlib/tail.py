@@ -14,7 +14,8 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
-from scanlib.hooks import Layout, evaluating, logits_of, resolve_layer
+from scanlib.layers import Layout, resolve_layer
+from scanlib.outputs import evaluating, logits_of
 
 
 class Tail:

@@ -1,5 +1,6 @@
-"""Scores to explain, beyond the logit of a class: each a function of one image's own output, to be given as ``target``.
+"""Targets: what is to be explained. The logit of a class, or any score, a function of one image's own output.
 
+    explainer(images, target=[3, 7])                                # None (the predicted class), a class, or one for each image
     explainer(images, target=softmax(3))                            # one for all images, or a list with one for each
     explainer(images, target=[segmentation(12, mask) for mask in masks])
 
@@ -15,6 +16,68 @@ import torchvision
 from torch import Tensor
 
 Score = Callable[[Tensor], Tensor]
+Target = int | Sequence[int] | Tensor | Score | Sequence[Score] | None
+
+
+def is_callables(target: Target) -> bool:
+    """Is the target a callable, or a sequence of them?"""
+    return callable(target) or (isinstance(target, Sequence) and len(target) > 0 and all(map(callable, target)))
+
+
+def of_images(target: Target, which: Tensor) -> Target:
+    """The part of a target that belongs to these images, given by their indices: of one per image those, else all of it."""
+    if isinstance(target, Tensor) and target.ndim:
+        return target[which.to(target.device)]
+    return [target[i] for i in which.tolist()] if isinstance(target, (list, tuple)) else target
+
+
+def class_indices(logits: Tensor, target, unknown: bool = False) -> Tensor:
+    """One class index per image, (B,) int64, from None (predicted class), an int, or one class per image.
+
+    unknown: let -1 mean "not known", and become the predicted class. Raises ValueError for a class out of range or a wrong
+    count, TypeError for anything but integers.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        seen = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model returns {seen}, no logits (B, K); give a callable as target, see scanlib.targets")
+    count, classes = logits.shape
+    if target is None:
+        return logits.argmax(1)
+    try:
+        index = torch.as_tensor(target, device=logits.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"target {target!r} is no class; give an index, one per image, or callables") from error
+    if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
+        raise TypeError(f"target must hold class indices (integers), not {index.dtype}")
+    if index.ndim == 0:
+        index = index.expand(count)
+    if index.shape != (count,):
+        has = f"{index.numel()} classes" if index.ndim == 1 else f"shape {tuple(index.shape)}"
+        raise ValueError(f"target has {has} for {count} images; give one class, or a flat list with one per image")
+    lowest = -1 if unknown else 0
+    for extreme in (index.max(), index.min()) if index.numel() else ():
+        if not lowest <= int(extreme) < classes:
+            raise ValueError(f"target class {int(extreme)} is out of range: the model has classes 0..{classes - 1}")
+    return torch.where(index < 0, logits.argmax(1), index.long())
+
+
+def target_scores(outputs, target: Target = None) -> Tensor:
+    """The score of each image, (B,): the logit of a class, or what a callable makes of the image's own output.
+
+    outputs: (B, K) logits; for callables anything with an entry for each image, as maps (B, K, H, W) or a list of detections.
+    """
+    if is_callables(target):
+        functions = [target] * len(outputs) if callable(target) else list(target)
+        if len(functions) != len(outputs):
+            raise ValueError(f"target has {len(functions)} callables for {len(outputs)} images; give one, or one per image")
+        scores = [function(row) for function, row in zip(functions, outputs, strict=True)]
+        if not all(isinstance(score, Tensor) and score.numel() == 1 for score in scores):
+            raise TypeError("target's callable must map an image's outputs (K,) to a scalar tensor, as `lambda row: row[3]`")
+        return torch.stack([score.reshape(()) for score in scores])
+    return outputs.gather(1, class_indices(outputs, target)[:, None])[:, 0]
+
+
+# --- scores beyond the logit of a class ---
 
 
 def softmax(target: int) -> Score:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from scanlib import distributed
 from scanlib.checkpoint import load_checkpoint, save_checkpoint
-from scanlib.hooks import logits_of
+from scanlib.outputs import logits_of
 from scanlib.randomness import own_randomness, seeded_batches
 
 

@@ -14,9 +14,11 @@ from torch import nn
 
 import scanlib
 from scanlib import targets
-from scanlib.formulas import FUSE, first_component
+from scanlib.formulas import first_component
 from scanlib.fullgrad import implicit_bias
-from scanlib.hooks import FeatureTaps, Layout
+from scanlib.fusing import FUSE
+from scanlib.hooks import FeatureTaps
+from scanlib.layers import Layout
 from scanlib.maps import resized, stretched
 from tests.conftest import TinyNet
 
@@ -637,30 +639,6 @@ def test_precisions(name, dtype):
 
 
 # --- targets ---
-
-
-def test_targets_are_what_they_say():
-    row = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
-    p = np.exp(row.numpy()) / np.exp(row.numpy()).sum()
-    assert float(targets.softmax(1)(row)) == pytest.approx(p[1])
-    assert float(targets.rest(1)(row)) == pytest.approx(3 + math.log(p[1]))
-    assert float(targets.binary()(row[:1])) == 1 and float(targets.binary(False)(row[:1])) == -1
-    assert float(targets.regression(2)(row)) == 2
-    assert float(targets.contrast(None, 1, 0.5)(row)) == pytest.approx(3 - 0.5 * 2)
-    assert float(targets.contrast(0, 2)(row)) == pytest.approx((p[2] * (1 - 2) + p[1] * (1 - 3)) / (p[1] + p[2]))
-    assert float(targets.similarity(torch.tensor([0.0, 1.0, 0.0]))(row)) == pytest.approx(3 / math.sqrt(14))
-    maps = torch.arange(8.0).view(2, 2, 2)
-    assert float(targets.segmentation(1, torch.tensor([[True, False], [False, True]]))(maps)) == 4 + 7
-    found = {
-        "boxes": torch.tensor([[0.0, 0, 10, 10], [0, 0, 4, 10], [50, 50, 60, 60]]),
-        "labels": torch.tensor([1, 1, 2]),
-        "scores": torch.tensor([0.5, 0.9, 0.8]),
-    }
-    wanted = torch.tensor([[0.0, 0, 8, 10], [50, 50, 60, 60]])
-    assert float(targets.detection(wanted, [1, 2])(found)) == pytest.approx(0.8 + 0.5 + 1 + 0.8)
-    assert float(targets.detection(wanted, [2, 1])(found)) == 0  # wrong labels
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
-    assert float(targets.detection(wanted, [1, 2])(nothing)) == 0
 
 
 def by_hook(model, layer, x, score):

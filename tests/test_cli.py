@@ -50,7 +50,7 @@ def test_train_and_explain(folder, tmp_path, capsys):
 
 def test_several_percentiles_and_evidence(folder, tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr("scanlib.plots.panels", lambda rows, *titles, **options: shown.append(rows) or plt.figure())
+    monkeypatch.setattr("scanlib.cli_explain.panels", lambda rows, *titles, **options: shown.append(rows) or plt.figure())
     decoder = "--decoder data/checkpoints/signs_cnn_decoder.pt --class star"
     for more in ("", "--percentile 60,95", "--percentile 60,95 --evidence GradCAM", "--evidence GradCAM --layer layer2"):
         main(f"explain {folder / '0.png'} {decoder} {more} --out {tmp_path / 'map.png'}".split())
@@ -155,6 +155,7 @@ def test_bad_class_and_picture(folder, tmp_path):
         (["--class", "sta"], "class 'sta' is not known; close matches: star"),
         (["--class", "10"], r"class 10 is out of range: the model has classes 0..9"),
         (["--percentile", "101"], "percentile 101"),
+        (["--evidence", "Gradcam"], "--evidence Gradcam: not known; there are CAM"),
         (["--evidence", "GradCAM", "--method", "GradCAM"], "--evidence weighs SCAN's map; give a --decoder, and no --method"),
     ]:
         with pytest.raises(SystemExit) as raised:
@@ -162,6 +163,13 @@ def test_bad_class_and_picture(folder, tmp_path):
         assert message in str(raised.value)
     with pytest.raises(SystemExit, match="cannot identify image file"):
         main(["explain", str(folder / "broken.png"), "--decoder", str(out)])
+
+
+@pytest.mark.parametrize("command", ["train", "train scouter", "explain", "compare"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--help"])
+    assert ended.value.code == 0 and "--device" in capsys.readouterr().out
 
 
 def test_module_runs_and_imports_are_light():
@@ -203,6 +211,7 @@ def test_compare_on_signs_and_on_a_folder(folder, tmp_path, capsys):
 def test_compare_refuses_in_one_line(folder):
     for arguments, words in (
         ("--model signs_cnn --methods Gradcam", "--methods Gradcam: not known; there are CAM"),
+        ("--model signs_cnn --evidence Gradcam", "--evidence Gradcam: not known; there are CAM"),
         ("--model signs_cnn --evidence GradCAM", "--evidence weighs SCAN's map; give a --decoder"),
         ("--model signs_cnn --out table.txt", "table.txt: give a .md or a .csv"),
         ("", "--decoder or --model"),
@@ -214,7 +223,7 @@ def test_compare_refuses_in_one_line(folder):
 
 
 def test_every_explainer_can_be_compared():
-    from scanlib.cli import METHODS
+    from scanlib.cli_shared import METHODS
 
     assert {"CAM", "GradCAM", "ScoreCAM", "AblationCAM", "FullGrad", "AttentionRollout", "LeGrad"} <= set(METHODS)
-    assert not {"SCAN", "Explainer", "_CAM"} & set(METHODS)
+    assert not {"SCAN", "Explainer", "CAMExplainer"} & set(METHODS)

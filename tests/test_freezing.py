@@ -9,7 +9,7 @@ from torchvision import models
 
 from scanlib import SmallResNet
 from scanlib.freezing import Frozen, stages
-from scanlib.hooks import evaluating
+from scanlib.outputs import evaluating
 
 NORM = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -46,7 +46,8 @@ def test_version_and_citation():
 FLOORS = [
     {
         "checkpoint",
-        "hooks",
+        "layers",
+        "outputs",
         "loss",
         "decoders",
         "maps",
@@ -59,12 +60,12 @@ FLOORS = [
         "freezing",
         "distributed",
     },
-    {"data", "explainer", "formulas", "tail", "localisation", "quality", "published"},
+    {"hooks", "data", "explainer", "formulas", "fusing", "tail", "localisation", "quality", "published", "decoder_file"},
     {"attention", "models", "removal", "sanity", "feature_cache", "trainer", "slot_attention"},
-    {"cams", "factorization", "fullgrad", "confidence", "road", "stability", "backbones", "scouter"},
-    {"perturbation", "scan", "metrics", "scouter_training", "comparison_table"},
-    {"comparison", "scouter_recipes", "explorer"},
-    {"cli_scouter", "widgets"},
+    {"cam_explainer", "factorization", "fullgrad", "confidence", "road", "stability", "backbones", "scouter"},
+    {"cams", "perturbation", "scan", "metrics", "scouter_training", "comparison_table"},
+    {"comparison", "scouter_recipes", "explorer", "cli_shared"},
+    {"cli_train", "cli_scouter", "cli_explain", "cli_compare", "widgets"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -1,0 +1,148 @@
+"""The command line of explanations: a row a picture, by SCAN, by a SCOUTER's slots, or by any method of a classifier.
+
+python -m scanlib explain cat.jpg dog.jpg --decoder decoder.pt --percentile 95 --out map.png
+python -m scanlib explain sign.png --scouter negative.pt
+python -m scanlib explain cat.jpg --model resnet50 --method GradCAM
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from scanlib.cli_shared import METHODS, check_methods, class_number, device_of, method, trained
+from scanlib.data import read_image
+from scanlib.explainer import prepared
+from scanlib.models import load_target, named_weights
+from scanlib.outputs import evaluating, logits_of
+from scanlib.plots import overlay, panels
+from scanlib.scouter import Scouter
+from scanlib.scouter_recipes import load_trained
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What to explain, by what, and where the figure goes."""
+    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
+    parser.add_argument("--decoder", type=Path, help="what train wrote")
+    parser.add_argument("--scouter", type=Path, help="what train scouter wrote, of either sign; a base with --method")
+    parser.add_argument("--model", help="with --method: signs_cnn, signs_vit, vit_tiny, or any torchvision classifier")
+    parser.add_argument("--weights", help="the classifier's weights, if they moved since training")
+    parser.add_argument("--method", help=f"explain the classifier by another method: {', '.join(METHODS)}")
+    parser.add_argument("--layer", help="of the method, or of the evidence; left out, the last with a spatial extent")
+    parser.add_argument("--class", dest="target", help="class to explain, by number or name; left out, the predicted one")
+    parser.add_argument("--percentile", type=percentiles, default="95", help="SCAN's; of several, as 80,90,95, the mean")
+    parser.add_argument("--evidence", metavar="METHOD", help="multiply SCAN's map by this method's")
+    parser.add_argument("--out", type=Path, default=Path("map.png"))
+    parser.add_argument("--device", help="cpu, cuda, mps; left out, cuda if there is one")
+
+
+def percentiles(text: str) -> list[float]:
+    """80,90,95 -> its numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; give one in 0..100, or several, as 80,90,95") from None
+
+
+def explain_command(options) -> None:
+    """One row a picture, with what the explainer says of it."""
+    if sum(map(bool, (options.decoder, options.scouter, options.model))) != 1:
+        raise ValueError("--decoder, --scouter or --model: one of them says what to explain")
+    check_methods("--method", options.method)
+    check_methods("--evidence", options.evidence)
+    if options.evidence and (options.method or not options.decoder):
+        raise ValueError("--evidence weighs SCAN's map; give a --decoder, and no --method")
+    if options.decoder and not options.method:
+        rows, titles, names = _by_scan(options)
+    elif options.scouter and not options.method:
+        rows, titles, names = _by_scouter(options)
+    elif options.method:
+        rows, titles, names = _by_method(options)
+    else:
+        raise ValueError("--model: give a --method too, or a --decoder")
+    figure = panels(rows, titles, names, size=2.2)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out, dpi=120)
+    for path, name in zip(options.images, names, strict=True):
+        print(f"{path}: {name}".replace("\n", "; "))
+    print(f"{options.out}: {len(rows)} explained")
+
+
+def _read(options, size: int) -> torch.Tensor:
+    return torch.stack([read_image(path, size) for path in options.images])
+
+
+def _named(model, preprocess, images, target_class: int | None, classes: list[str]) -> list[str]:
+    """Of each picture the class that is explained, and its probability."""
+    with torch.no_grad(), evaluating(model):
+        probabilities = logits_of(model(prepared(model, preprocess, images))).softmax(1).cpu()
+    shown = probabilities.argmax(1) if target_class is None else torch.full((len(images),), target_class)
+    return [f"{classes[c]} {probabilities[i, c]:.2f}" for i, c in enumerate(shown.tolist())]
+
+
+def _by_scan(options):
+    target, scanner = trained(options)
+    images, target_class = _read(options, scanner.image_size[0]), class_number(options.target, target.classes)
+    confidence, reconstruction = scanner(images, target_class, options.percentile)
+    if options.evidence:
+        evidence = method(options.evidence, target.model, target.preprocess, options.layer)
+        confidence = scanner.explain(images, target_class, options.percentile, evidence=evidence)
+    rows = [
+        [image, heat, overlay(image, heat), rebuilt]
+        for image, heat, rebuilt in zip(images, confidence, reconstruction, strict=True)
+    ]
+    names = _named(target.model, target.preprocess, images, target_class, target.classes)
+    title = f"confidence, P = {' '.join(f'{p:g}' for p in options.percentile)}"
+    if options.evidence:
+        title += f",\nby {options.evidence}, stretched"
+    return rows, ["picture", title, "overlay", "reconstruction"], names
+
+
+def _by_scouter(options):
+    model, recipe = load_trained(options.scouter)
+    if not isinstance(model, Scouter):
+        raise ValueError(f"--scouter {options.scouter} is a base without slots; give a --method, as GradCAM")
+    images = _read(options, recipe.image_size)
+    return _by_slots(model.to(device_of(options)), images, class_number(options.target, model.classes), model.classes)
+
+
+def _by_slots(scouter: Scouter, images: Tensor, target: int | None, names: Sequence[str]):
+    """Rows of a figure, its column and its row titles: each picture's predicted class and the one with the lowest logit, or the
+    target."""
+    with torch.no_grad():
+        slots = scouter.attend(prepared(scouter, scouter.preprocess, images))
+    logits, areas, maps = slots.logits.cpu(), slots.attention.mean((2, 3, 4)).cpu(), scouter.heat_maps(images)
+    side = "for" if scouter.sign > 0 else "against"
+    if target is None:
+        shown, titles = [logits.argmax(1), logits.argmin(1)], [f"{side} the highest logit", f"{side} the lowest"]
+    else:
+        shown, titles = [torch.full((len(images),), target)], [f"{side} {names[target]}"]
+    rows, said = [], []
+    for i, image in enumerate(images):
+        classes = [int(chosen[i]) for chosen in shown]
+        rows.append([image, *(panel for c in classes for panel in (maps[i, c], overlay(image, maps[i, c])))])
+        said.append("\n".join(f"{names[c]} {logits[i, c]:.1f}, area {areas[i, c]:.3f}" for c in classes))
+    return rows, ["picture", *(text for title in titles for text in (title, "overlay"))], said
+
+
+def _by_method(options):
+    if options.scouter:
+        saved, recipe = load_trained(options.scouter)
+        model, preprocess, classes, size = _base_of(saved), saved.preprocess, saved.classes, recipe.image_size
+    else:
+        target = (
+            trained(options)[0] if options.decoder else load_target(options.model, named_weights(options.weights or "DEFAULT"))
+        )
+        model, preprocess, classes, size = target.model, target.preprocess, target.classes, target.image_size[0]
+    images, target_class = _read(options, size), class_number(options.target, classes)
+    explainer = method(options.method, model.to(device_of(options)), preprocess, options.layer)
+    maps = explainer(images, target_class).cpu()
+    rows = [[image, heat, overlay(image, heat)] for image, heat in zip(images, maps, strict=True)]
+    return rows, ["picture", options.method, "overlay"], _named(model, preprocess, images, target_class, classes)
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    """The plain classifier in what ``load_trained`` gave; a Scouter is its own."""
+    return model if isinstance(model, Scouter) else model.model
