@@ -85,6 +85,14 @@ def softmax(target: int) -> Score:
     return lambda row: row.softmax(0)[target]
 
 
+def log_probability(target: int | None = None) -> Score:
+    """log p_c, the logit less what all classes have in common: what speaks for the class against the others.
+
+    target: None takes the predicted class. Its gradient is that of y_c less the mean of all logits', weighed by probability.
+    """
+    return lambda row: row.log_softmax(0)[row.argmax() if target is None else target]
+
+
 def rest(target: int) -> Score:
     """ReST, y_c + log p_c: the logit, and how it stands among the others (Cai 2025, "CAMs as Shapley Value-based Explainers")."""
     return lambda row: row[target] + row.log_softmax(0)[target]

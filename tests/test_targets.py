@@ -20,6 +20,8 @@ def test_targets_are_what_they_say():
     row = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
     p = np.exp(row.numpy()) / np.exp(row.numpy()).sum()
     assert float(targets.softmax(1)(row)) == pytest.approx(p[1])
+    assert float(targets.log_probability(2)(row)) == pytest.approx(math.log(p[2]))
+    assert float(targets.log_probability()(row)) == pytest.approx(math.log(p[1]))  # the predicted class
     assert float(targets.rest(1)(row)) == pytest.approx(3 + math.log(p[1]))
     assert float(targets.binary()(row[:1])) == 1 and float(targets.binary(False)(row[:1])) == -1
     assert float(targets.regression(2)(row)) == 2
@@ -38,3 +40,12 @@ def test_targets_are_what_they_say():
     assert float(targets.detection(wanted, [2, 1])(found)) == 0  # wrong labels
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
     assert float(targets.detection(wanted, [1, 2])(nothing)) == 0
+
+
+def test_the_log_probability_leaves_out_what_all_classes_share():
+    features = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([[3.0, 1.0], [2.0, 1.0]], dtype=torch.float64)  # the second feature speaks for both alike
+    row = weights @ features
+    gradient = torch.autograd.grad(targets.log_probability(0)(row), features)[0]
+    p = row.detach().softmax(0)
+    assert torch.allclose(gradient, weights[0] - p @ weights) and float(gradient[1]) == pytest.approx(0, abs=1e-12)
