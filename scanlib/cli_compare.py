@@ -14,6 +14,7 @@ from scanlib.comparison import METRICS, compare
 from scanlib.data import PhotoFolder, Signs
 from scanlib.metrics import black, blurred, imputed, mean_colour
 from scanlib.models import load_target, named_weights
+from scanlib.targets import against_others
 
 FILLS = {"mean": mean_colour, "blur": blurred, "black": black, "road": imputed}
 
@@ -28,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metrics", nargs="+", help=f"out of {', '.join(METRICS).replace('%', '%%')}")
     parser.add_argument("--percentiles", type=float, nargs="+", default=[95.0], help="SCAN's, a row each")
     parser.add_argument("--evidence", metavar="METHOD", help="SCAN's mean map times this method's joins in")
+    parser.add_argument("--log-probability", action="store_true", help="explain the classes' log-probabilities, not logits")
     parser.add_argument("--patch", type=int, default=16, help="side in pixels of what is removed at once")
     parser.add_argument("--fill", choices=FILLS, default="mean", help="what takes its place")
     parser.add_argument("--steps", type=int, default=10, help="of deletion and insertion")
@@ -65,6 +67,8 @@ def compare_command(options) -> None:
     device = device_of(options)
     target.model.to(device)
     explainers |= {name: method(name, target.model, target.preprocess) for name in options.methods}
+    if options.log_probability:
+        explainers = {f"{name}, log p": against_others(explain) for name, explain in explainers.items()}
     if options.data == "signs":
         scenes = Signs(options.limit, size[0], seed=1, masks=True)
         images, masks = (torch.stack(column) for column in list(zip(*scenes, strict=True))[::2])

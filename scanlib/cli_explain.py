@@ -20,6 +20,7 @@ from scanlib.outputs import evaluating, logits_of
 from scanlib.plots import overlay, panels
 from scanlib.scouter import Scouter
 from scanlib.scouter_recipes import load_trained
+from scanlib.targets import log_probability
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", help=f"explain the classifier by another method: {', '.join(METHODS)}")
     parser.add_argument("--layer", help="of the method, or of the evidence; left out, the last with a spatial extent")
     parser.add_argument("--class", dest="target", help="class to explain, by number or name; left out, the predicted one")
+    parser.add_argument("--log-probability", action="store_true", help="explain the class's log-probability, not its logit")
     parser.add_argument("--percentile", type=percentiles, default="95", help="SCAN's; of several, as 80,90,95, the mean")
     parser.add_argument("--evidence", metavar="METHOD", help="multiply SCAN's map by this method's")
     parser.add_argument("--out", type=Path, default=Path("map.png"))
@@ -54,6 +56,8 @@ def explain_command(options) -> None:
     check_methods("--evidence", options.evidence)
     if options.evidence and (options.method or not options.decoder):
         raise ValueError("--evidence weighs SCAN's map; give a --decoder, and no --method")
+    if options.log_probability and options.scouter and not options.method:
+        raise ValueError("--log-probability is not for slots, which explain logits; leave it out, or give a --method")
     if options.decoder and not options.method:
         rows, titles, names = _by_scan(options)
     elif options.scouter and not options.method:
@@ -85,10 +89,11 @@ def _named(model, preprocess, images, target_class: int | None, classes: list[st
 def _by_scan(options):
     target, scanner = trained(options)
     images, target_class = _read(options, scanner.image_size[0]), class_number(options.target, target.classes)
-    confidence, reconstruction = scanner(images, target_class, options.percentile)
+    asked = log_probability(target_class) if options.log_probability else target_class
+    confidence, reconstruction = scanner(images, asked, options.percentile)
     if options.evidence:
         evidence = method(options.evidence, target.model, target.preprocess, options.layer)
-        confidence = scanner.explain(images, target_class, options.percentile, evidence=evidence)
+        confidence = scanner.explain(images, asked, options.percentile, evidence=evidence)
     rows = [
         [image, heat, overlay(image, heat), rebuilt]
         for image, heat, rebuilt in zip(images, confidence, reconstruction, strict=True)
@@ -138,7 +143,7 @@ def _by_method(options):
         model, preprocess, classes, size = target.model, target.preprocess, target.classes, target.image_size[0]
     images, target_class = _read(options, size), class_number(options.target, classes)
     explainer = method(options.method, model.to(device_of(options)), preprocess, options.layer)
-    maps = explainer(images, target_class).cpu()
+    maps = explainer(images, log_probability(target_class) if options.log_probability else target_class).cpu()
     rows = [[image, heat, overlay(image, heat)] for image, heat in zip(images, maps, strict=True)]
     return rows, ["picture", options.method, "overlay"], _named(model, preprocess, images, target_class, classes)
 

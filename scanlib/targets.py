@@ -3,6 +3,7 @@
     explainer(images, target=[3, 7])                                # None (the predicted class), a class, or one for each image
     explainer(images, target=softmax(3))                            # one for all images, or a list with one for each
     explainer(images, target=[segmentation(12, mask) for mask in masks])
+    against_others(explainer)(images, target=[3, 7])                # what speaks for these classes against all others
 
 What an image's output is depends on the model: logits (K,) of a classifier, (K, H, W) of a segmentation model, a dictionary of
 boxes, labels and scores of a detector, an embedding (D,).
@@ -91,6 +92,16 @@ def log_probability(target: int | None = None) -> Score:
     target: None takes the predicted class. Its gradient is that of y_c less the mean of all logits', weighed by probability.
     """
     return lambda row: row.log_softmax(0)[row.argmax() if target is None else target]
+
+
+def against_others(explain: Callable) -> Callable:
+    """An explainer that explains a class's log-probability where it would explain its logit; called alike, with classes."""
+
+    def of_log_probability(images: Tensor, target: int | Sequence[int] | Tensor | None = None, **options) -> Tensor:
+        one = target is None or isinstance(target, int)
+        return explain(images, log_probability(target) if one else [log_probability(int(c)) for c in target], **options)
+
+    return of_log_probability
 
 
 def rest(target: int) -> Score:

@@ -10,6 +10,7 @@ from PIL import Image
 from scanlib import SCAN, GradCAM, Signs, load_target
 from scanlib.cli import main
 from scanlib.photos import read_image
+from scanlib.targets import log_probability
 
 
 @pytest.fixture
@@ -63,6 +64,28 @@ def test_several_percentiles_and_evidence(folder, tmp_path, monkeypatch):
     expected += [scanner.explain(image, star, p, evidence=way) for p, way in zip(((60, 95), 95), ways, strict=True)]
     for rows, heat in zip(shown, expected, strict=True):
         torch.testing.assert_close(rows[0][1], heat[0])
+
+
+def test_the_log_probability_is_explained(folder, tmp_path, monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr("scanlib.cli_explain.panels", lambda rows, *titles, **options: shown.append(rows) or plt.figure())
+    asked = f"explain {folder / '0.png'} --log-probability --out {tmp_path / 'map.png'}"
+    main(f"{asked} --decoder data/checkpoints/signs_cnn_decoder.pt".split())
+    main(f"{asked} --decoder data/checkpoints/signs_cnn_decoder.pt --class star --evidence GradCAM".split())
+    main(f"{asked} --model signs_cnn --method GradCAM --class star".split())
+    target = load_target("signs_cnn")
+    scanner = SCAN(target.model, target.layer, target.image_size, device="cpu").set_preprocess(target.preprocess)
+    scanner.load_decoder("data/checkpoints/signs_cnn_decoder.pt")
+    image, star = read_image(folder / "0.png", 64)[None], log_probability(Signs.classes.index("star"))
+    grad_cam = GradCAM(target.model, preprocess=target.preprocess)
+    expected = [scanner(image, log_probability())[0], scanner.explain(image, star, evidence=grad_cam), grad_cam(image, star)]
+    for rows, heat in zip(shown, expected, strict=True):
+        torch.testing.assert_close(rows[0][1], heat[0])
+    decoder = "--decoder data/checkpoints/signs_cnn_decoder.pt --methods GradCAM --metrics energy"
+    main(f"compare signs {decoder} --limit 6 --log-probability".split())
+    assert "| SCAN, P = 95, log p |" in (table := capsys.readouterr().out) and "| GradCAM, log p |" in table
+    with pytest.raises(SystemExit, match="--log-probability is not for slots"):
+        main(f"{asked} --scouter data/checkpoints/signs_scouter_positive.pt".split())
 
 
 def test_signs_as_data(tmp_path):

@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from scanlib import targets
-from scanlib.targets import class_indices, target_scores
+from scanlib import GradCAM, targets
+from scanlib.targets import against_others, class_indices, target_scores
 
 
 def test_classes_and_their_scores():
@@ -49,3 +50,17 @@ def test_the_log_probability_leaves_out_what_all_classes_share():
     gradient = torch.autograd.grad(targets.log_probability(0)(row), features)[0]
     p = row.detach().softmax(0)
     assert torch.allclose(gradient, weights[0] - p @ weights) and float(gradient[1]) == pytest.approx(0, abs=1e-12)
+
+
+def test_against_others_is_the_same_explainer_of_the_log_probability():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    images, explain = torch.rand(2, 3, 8, 8), GradCAM(model, "1")
+    with torch.no_grad():
+        predicted = model(images).argmax(1)
+    asked = against_others(explain)
+    for target, each in ((torch.tensor([2, 0]), [2, 0]), ([1, 2], [1, 2]), (1, [1, 1]), (None, predicted.tolist())):
+        expected = explain(images, [targets.log_probability(c) for c in each])
+        assert torch.equal(asked(images, target), expected)
+    assert not torch.allclose(asked(images, 1), explain(images, 1))
+    assert asked(images, 1, normalize=False).shape == (2, 8, 8)
