@@ -15,7 +15,7 @@ from scanlib.cam_explainer import CAMExplainer
 from scanlib.explainer import exact
 from scanlib.hooks import FeatureTaps
 from scanlib.layers import resolve_layer
-from scanlib.targets import class_indices, contrast, target_scores
+from scanlib.targets import class_indices, contrast, is_callables, target_scores
 
 
 class CAM(CAMExplainer):
@@ -35,7 +35,7 @@ class CAM(CAMExplainer):
         channels = [A.shape[1] for A in self._arranged(taps, taps.features)]
         if len(set(channels)) != 1:
             raise ValueError(f"target_layer has layers of {channels} channels; CAM reads the one in front of the pooling")
-        if callable(target):
+        if is_callables(target):
             raise TypeError("CAM's target must be a class, not a callable: it reads the head's weights; take GradCAM")
         classes = class_indices(taps.logits, target)
         weights = self._head(channels[0], taps.logits.shape[1])[classes]
@@ -229,7 +229,7 @@ class FinerCAM(GradCAM):
         self.references, self.strength = references, strength
 
     def _evidence(self, taps, target):
-        if callable(target):
+        if is_callables(target):
             raise TypeError("FinerCAM's target must be a class, not a callable: it makes its own; take GradCAM")
         classes = class_indices(taps.logits, target).tolist()
         return super()._evidence(taps, [contrast(c, self.references, self.strength) for c in classes])

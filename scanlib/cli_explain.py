@@ -78,18 +78,32 @@ def _read(options, size: int) -> torch.Tensor:
     return torch.stack([read_image(path, size) for path in options.images])
 
 
+@torch.no_grad()
+def _probabilities(model, preprocess, images) -> Tensor:
+    with evaluating(model):
+        return logits_of(model(prepared(model, preprocess, images))).softmax(1).cpu()
+
+
 def _named(model, preprocess, images, target_class: int | None, classes: list[str]) -> list[str]:
     """Of each picture the class that is explained, and its probability."""
-    with torch.no_grad(), evaluating(model):
-        probabilities = logits_of(model(prepared(model, preprocess, images))).softmax(1).cpu()
+    probabilities = _probabilities(model, preprocess, images)
     shown = probabilities.argmax(1) if target_class is None else torch.full((len(images),), target_class)
     return [f"{classes[c]} {probabilities[i, c]:.2f}" for i, c in enumerate(shown.tolist())]
+
+
+def _asked(options, model, preprocess, images, target_class: int | None):
+    """The target: a class, None for the predicted ones, or with ``--log-probability`` their scores."""
+    if not options.log_probability:
+        return target_class
+    if target_class is not None:
+        return log_probability(target_class)
+    return [log_probability(c) for c in _probabilities(model, preprocess, images).argmax(1).tolist()]
 
 
 def _by_scan(options):
     target, scanner = trained(options)
     images, target_class = _read(options, scanner.image_size[0]), class_number(options.target, target.classes)
-    asked = log_probability(target_class) if options.log_probability else target_class
+    asked = _asked(options, target.model, target.preprocess, images, target_class)
     confidence, reconstruction = scanner(images, asked, options.percentile)
     if options.evidence:
         evidence = method(options.evidence, target.model, target.preprocess, options.layer)
@@ -102,6 +116,8 @@ def _by_scan(options):
     title = f"confidence, P = {' '.join(f'{p:g}' for p in options.percentile)}"
     if options.evidence:
         title += f",\nby {options.evidence}, stretched"
+    if options.log_probability:
+        title += ",\nof log p"
     return rows, ["picture", title, "overlay", "reconstruction"], names
 
 
@@ -143,9 +159,10 @@ def _by_method(options):
         model, preprocess, classes, size = target.model, target.preprocess, target.classes, target.image_size[0]
     images, target_class = _read(options, size), class_number(options.target, classes)
     explainer = method(options.method, model.to(device_of(options)), preprocess, options.layer)
-    maps = explainer(images, log_probability(target_class) if options.log_probability else target_class).cpu()
+    maps = explainer(images, _asked(options, model, preprocess, images, target_class)).cpu()
     rows = [[image, heat, overlay(image, heat)] for image, heat in zip(images, maps, strict=True)]
-    return rows, ["picture", options.method, "overlay"], _named(model, preprocess, images, target_class, classes)
+    title = f"{options.method}, of log p" if options.log_probability else options.method
+    return rows, ["picture", title, "overlay"], _named(model, preprocess, images, target_class, classes)
 
 
 def _base_of(model: nn.Module) -> nn.Module:

@@ -86,20 +86,37 @@ def softmax(target: int) -> Score:
     return lambda row: row.softmax(0)[target]
 
 
-def log_probability(target: int | None = None) -> Score:
+def log_probability(target: int) -> Score:
     """log p_c, the logit less what all classes have in common: what speaks for the class against the others.
 
-    target: None takes the predicted class. Its gradient is that of y_c less the mean of all logits', weighed by probability.
+    Its gradient is that of y_c less the mean of all logits', weighed by probability. Written as
+    -softplus(log sum_(k != c) exp y_k - y_c), which keeps that gradient where p_c is rounded to 1. Raises ValueError for a class
+    out of range.
     """
-    return lambda row: row.log_softmax(0)[row.argmax() if target is None else target]
+
+    def score(row: Tensor) -> Tensor:
+        if not 0 <= target < len(row):
+            raise ValueError(f"target class {target} is out of range: the model has classes 0..{len(row) - 1}")
+        others = torch.cat([row[:target], row[target + 1 :]])
+        return -F.softplus(others.logsumexp(0) - row[target])
+
+    return score
 
 
 def against_others(explain: Callable) -> Callable:
-    """An explainer that explains a class's log-probability where it would explain its logit; called alike, with classes."""
+    """An explainer that explains a class's log-probability where it would explain its logit: (images, class or classes) -> maps.
 
-    def of_log_probability(images: Tensor, target: int | Sequence[int] | Tensor | None = None, **options) -> Tensor:
-        one = target is None or isinstance(target, int)
-        return explain(images, log_probability(target) if one else [log_probability(int(c)) for c in target], **options)
+    explain: any explainer, a SCAN too. The class is to be given, since None would be another one for each masked or noisy copy
+    that a method makes of an image.
+    """
+    explain = getattr(explain, "explain", explain)
+
+    def of_log_probability(images: Tensor, target: int | Sequence[int] | Tensor, **options) -> Tensor:
+        if target is None:
+            raise ValueError("target is None; give a class, or one per image, as model(inputs).argmax(1)")
+        classes = torch.as_tensor(target).tolist()
+        score = [log_probability(c) for c in classes] if isinstance(classes, list) else log_probability(classes)
+        return explain(images, score, **options)
 
     return of_log_probability
 

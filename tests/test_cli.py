@@ -78,7 +78,9 @@ def test_the_log_probability_is_explained(folder, tmp_path, monkeypatch, capsys)
     scanner.load_decoder("data/checkpoints/signs_cnn_decoder.pt")
     image, star = read_image(folder / "0.png", 64)[None], log_probability(Signs.classes.index("star"))
     grad_cam = GradCAM(target.model, preprocess=target.preprocess)
-    expected = [scanner(image, log_probability())[0], scanner.explain(image, star, evidence=grad_cam), grad_cam(image, star)]
+    with torch.no_grad():
+        predicted = log_probability(int(target.model(target.preprocess(image)).argmax()))
+    expected = [scanner(image, predicted)[0], scanner.explain(image, star, evidence=grad_cam), grad_cam(image, star)]
     for rows, heat in zip(shown, expected, strict=True):
         torch.testing.assert_close(rows[0][1], heat[0])
     decoder = "--decoder data/checkpoints/signs_cnn_decoder.pt --methods GradCAM --metrics energy"

@@ -1,12 +1,14 @@
 """The parts of the benchmark on photographs that must never move: who is judged by what."""
 
+import math
 from zlib import crc32
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from benchmarks.photographs import Setting, boxed, part_of, photographs, views
+from benchmarks.photographs import Setting, boxed, corners, frozen, part_of, photographs, scored, views
 
 PARTS = ("test", "test", "validation", "validation", "train", "train", "train", "train", "train", "train")
 
@@ -55,3 +57,24 @@ def test_views_are_seeded_and_begin_with_the_pictures():
 def test_settings_name_what_they_change():
     assert Setting("squeezenet1_1").name == "gradient 70-100"
     assert Setting("squeezenet1_1", "position", (93, 97), epochs=1).name == "position 93-97, epochs 1"
+
+
+def test_a_corner_and_its_boxes():
+    images = torch.zeros(16, 3, 100, 100, dtype=torch.uint8)
+    images[:, 0, :50, :50], images[:, 1, :50, 50:], images[:, 2, 50:, :50] = 200, 200, 200  # red, green; blue, black
+    quarter = torch.tensor([[10.0, 10, 30, 30]]).repeat(16, 1)  # in the red one
+    cut, boxes = corners(images, quarter, share=0.5)
+    assert cut.shape == images.shape and cut.dtype == torch.uint8
+    assert (cut == cut[:, :, :1, :1]).all() and len(torch.unique(cut[:, :, 0, 0], dim=0)) == 4  # one colour each, all four occur
+    red = cut[:, 0, 0, 0] == 200
+    assert (boxes[red] == torch.tensor([20.0, 20, 60, 60])).all()
+    assert ((boxes[~red, 2:] - boxes[~red, :2]) <= 0).any(1).all()  # outside: empty
+    assert torch.equal(corners(images)[0], corners(images)[0]) and corners(images)[1] is None
+
+
+def test_settings_are_read_as_tuples_and_scores_by_name():
+    assert frozen([1, [2, [3, "x"]]]) == (1, (2, (3, "x"))) and frozen("log p") == "log p"
+    explain = lambda images, classes: classes  # noqa: E731
+    assert scored(explain, "") is explain
+    (asked,) = scored(explain, "log p")(None, torch.tensor([1]))
+    assert float(asked(torch.tensor([0.0, 0.0]))) == pytest.approx(math.log(0.5))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from scanlib import GradCAM, targets
+from scanlib import CAM, FinerCAM, GradCAM, ScoreCAM, targets
 from scanlib.targets import against_others, class_indices, target_scores
 
 
@@ -22,7 +22,6 @@ def test_targets_are_what_they_say():
     p = np.exp(row.numpy()) / np.exp(row.numpy()).sum()
     assert float(targets.softmax(1)(row)) == pytest.approx(p[1])
     assert float(targets.log_probability(2)(row)) == pytest.approx(math.log(p[2]))
-    assert float(targets.log_probability()(row)) == pytest.approx(math.log(p[1]))  # the predicted class
     assert float(targets.rest(1)(row)) == pytest.approx(3 + math.log(p[1]))
     assert float(targets.binary()(row[:1])) == 1 and float(targets.binary(False)(row[:1])) == -1
     assert float(targets.regression(2)(row)) == 2
@@ -52,15 +51,35 @@ def test_the_log_probability_leaves_out_what_all_classes_share():
     assert torch.allclose(gradient, weights[0] - p @ weights) and float(gradient[1]) == pytest.approx(0, abs=1e-12)
 
 
+def test_the_log_probability_has_a_gradient_where_the_model_is_sure():
+    row = torch.tensor([30.0, 0.0, -1.0], requires_grad=True)  # 1 - p_c is far below what a float32 next to 1 can tell
+    gradient = torch.autograd.grad(targets.log_probability(0)(row), row)[0]
+    rest = [math.exp(-30), math.exp(-31)]
+    exact = torch.tensor([sum(rest), -rest[0], -rest[1]]) / (1 + sum(rest))
+    torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="class 3 is out of range: the model has classes 0..2"):
+        targets.log_probability(3)(row)
+
+
 def test_against_others_is_the_same_explainer_of_the_log_probability():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
-    images, explain = torch.rand(2, 3, 8, 8), GradCAM(model, "1")
-    with torch.no_grad():
-        predicted = model(images).argmax(1)
-    asked = against_others(explain)
-    for target, each in ((torch.tensor([2, 0]), [2, 0]), ([1, 2], [1, 2]), (1, [1, 1]), (None, predicted.tolist())):
-        expected = explain(images, [targets.log_probability(c) for c in each])
-        assert torch.equal(asked(images, target), expected)
-    assert not torch.allclose(asked(images, 1), explain(images, 1))
-    assert asked(images, 1, normalize=False).shape == (2, 8, 8)
+    images = torch.rand(2, 3, 8, 8)
+    for explain in (GradCAM(model, "1"), ScoreCAM(model, "1")):
+        asked = against_others(explain)
+        for target, each in (
+            (torch.tensor([2, 0]), [2, 0]),
+            ([1, 2], [1, 2]),
+            (1, [1, 1]),
+            (torch.tensor(1), [1, 1]),
+            (np.int64(1), [1, 1]),
+        ):
+            expected = explain(images, [targets.log_probability(c) for c in each])
+            assert torch.equal(asked(images, target), expected)
+        assert asked(images, 1, normalize=False).shape == (2, 8, 8)
+    assert not torch.allclose(against_others(GradCAM(model, "1"))(images, 1), GradCAM(model, "1")(images, 1))
+    with pytest.raises(ValueError, match="target is None; give a class"):
+        asked(images, None)
+    for of_classes in (CAM, FinerCAM):
+        with pytest.raises(TypeError, match=f"{of_classes.__name__}'s target must be a class, not a callable"):
+            against_others(of_classes(model, "1"))(images, [0, 1])
