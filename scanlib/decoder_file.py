@@ -1,7 +1,7 @@
 """A decoder on disk: its weights, how to build it, and what it belongs to.
 
 write_decoder(path, decoder, config, identity, fingerprint(model))
-decoder, config, saved = read_decoder(path, identity)               # in eval mode, on the CPU
+decoder, config, saved = read_decoder(path, identity)               # in eval mode
 
 config: a decoder's kind and arguments, None for a module of one's own. identity: plain values that must agree.
 """
