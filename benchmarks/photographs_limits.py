@@ -4,7 +4,7 @@
   picture, in the very squares and with the very fill that deletion uses;
 - the oracle in the mask: an entry counts by its gradient times the oracle's word on its place, as many entries kept as ever. If
   the map gains much less than the oracle is ahead, the decoder is the limit;
-- fewer pictures: decoders that learnt from an eighth, a quarter, a half of them, in as many steps.
+- fewer pictures: decoders that learnt from an eighth and a half of them, in as many steps.
 
 Folders as in photographs.py. One seed, so that small differences mean nothing: those of seeds are in PHOTOGRAPHS.md.
 """
@@ -62,7 +62,7 @@ def rows(bench: Bench) -> Iterator[tuple[str, Tensor]]:
     yield RIVAL, maps_of(bench.explainer(RIVAL), view.images, view.classes)
     falls = occlusion(view)
     yield "the oracle", falls.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
-    for share in (1, 0.5, 0.25, 0.125):
+    for share in (1, 0.5, 0.125):
         scanner = bench.decoder(replace(SETTING, share=share), seed=0)
         explain = partial(scanner.explain, percentile=PERCENTILES)
         yield f"SCAN, {share:g} of the pictures", maps_of(explain, view.images, view.classes)
