@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", default=["GradCAM", "LayerCAM"], help=f"out of {', '.join(METHODS)}")
     parser.add_argument("--metrics", nargs="+", help=f"out of {', '.join(METRICS).replace('%', '%%')}")
     parser.add_argument("--percentiles", type=float, nargs="+", default=[95.0], help="SCAN's, a row each")
-    parser.add_argument("--evidence", metavar="METHOD", help="SCAN's mean map times this method's joins in")
+    parser.add_argument("--evidence", metavar="METHOD", help="this method's map, weighed by SCAN's mean one, joins in")
     parser.add_argument("--log-probability", action="store_true", help="explain the classes' log-probabilities, not logits")
     parser.add_argument("--patch", type=int, default=16, help="side in pixels of what is removed at once")
     parser.add_argument("--fill", choices=FILLS, default="mean", help="what takes its place")

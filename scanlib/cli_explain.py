@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--class", dest="target", help="class to explain, by number or name; left out, the predicted one")
     parser.add_argument("--log-probability", action="store_true", help="explain the class's log-probability, not its logit")
     parser.add_argument("--percentile", type=percentiles, default="95", help="SCAN's; of several, as 80,90,95, the mean")
-    parser.add_argument("--evidence", metavar="METHOD", help="multiply SCAN's map by this method's")
+    parser.add_argument("--evidence", metavar="METHOD", help="this method's map, weighed by SCAN's confidence")
     parser.add_argument("--out", type=Path, default=Path("map.png"))
     parser.add_argument("--device", help="cpu, cuda, mps; left out, cuda if there is one")
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from scanlib import decoders
 from scanlib.decoder_file import built, fingerprint, read_decoder, write_decoder
+from scanlib.evidence import empty, evidence_of, weighed
 from scanlib.explainer import quick
 from scanlib.feature_cache import Encoded, FeatureCache, pictures, repeats
 from scanlib.hooks import FeatureTap
@@ -369,30 +370,14 @@ class SCAN:
         that are not (N, h, w), or negative.
         """
         pictures = self._images(images)
-        weights = None if evidence is None else self._evidence(evidence, pictures, target)
+        clues = None if evidence is None else evidence_of(evidence, pictures, target)
+        if clues is not None and (missing := int(empty(clues).sum())):
+            self._warn("evidence", f"the evidence of {missing} images is empty; their maps are SCAN's alone")
         with torch.no_grad():
-            maps = self._outputs(*self._extract(pictures, target), percentile)[:, :1]
-            if weights is not None:
-                sure = maps / maps.mean((1, 2, 3), keepdim=True).clamp_min(1e-12)
-                evident = F.interpolate(weights, size=maps.shape[-2:], mode="bilinear", antialias=True)
-                maps = torch.where(weights.flatten(1).any(1).view(-1, 1, 1, 1), evident * (1 + sure), maps)
-            maps = stretched(maps[:, 0], images.shape[-2:]) if normalize else maps[:, 0]
+            maps = self._outputs(*self._extract(pictures, target), percentile)[:, 0]
+            maps = maps if clues is None else weighed(clues, maps)
+            maps = stretched(maps, images.shape[-2:]) if normalize else maps
         return maps.to(images.device)
-
-    def _evidence(self, evidence, pictures: Tensor, target) -> Tensor:
-        """Another explainer's maps, (N, 1, h, w)."""
-        explain = getattr(evidence, "explain", evidence)
-        if not callable(explain):
-            raise ValueError(f"evidence {evidence!r} is no explainer; give one, as GradCAM(model, preprocess=preprocess)")
-        weights = explain(pictures, target).detach().to(pictures)
-        if weights.ndim != 3 or len(weights) != len(pictures) or bool((weights < 0).any()):
-            raise ValueError(
-                f"evidence gives {tuple(weights.shape)} from {float(weights.min()):.2g}; it must be (N, h, w), 0 or more"
-            )
-        empty = int((~weights.flatten(1).any(1)).sum())
-        if empty:
-            self._warn("evidence", f"the evidence of {empty} images is empty; their maps are SCAN's alone")
-        return weights[:, None]
 
     def extract(self, images: Tensor, target=None) -> tuple[Tensor, Tensor]:
         """Features and mask scores of images (N, 3, H, W), as the decoder takes them: (N, C, h, w), or tokens (N, T, C); float32.
