@@ -53,12 +53,14 @@ def train_signs_vit() -> None:
     train_classifier("signs_vit", small_vit(), 10_000, 9, 1e-3, mirror=True)
 
 
-def train_decoder(name: str, alpha: float, epochs: int, batch_size: int, learning_rate: float, percentiles, **decoder) -> None:
+def train_decoder(
+    name: str, alpha: float, epochs: int, batch_size: int, learning_rate: float, percentiles, mask_by: str = "gradient", **decoder
+) -> None:
     torch.manual_seed(0)
     target = load_target(name)
     loader = DataLoader(in_memory(Signs(3000)), batch_size=batch_size, shuffle=True)
-    scanner = SCAN(target.model, target.layer, image_size=target.image_size, device="cpu").set_preprocess(target.preprocess)
-    scanner.set_dataset(loader, use_augmentation=percentiles).generate_decoder(**decoder)
+    scanner = SCAN(target.model, target.layer, target.image_size, device="cpu", mask_by=mask_by)
+    scanner.set_preprocess(target.preprocess).set_dataset(loader, use_augmentation=percentiles).generate_decoder(**decoder)
     schedule = {"max_lr": learning_rate, "total_steps": epochs * len(loader)}
     one_cycle = torch.optim.lr_scheduler.OneCycleLR
     scanner.compile(alpha, scheduler_class=one_cycle, scheduler_kwargs=schedule, scheduler_interval="step")
@@ -79,7 +81,7 @@ RECIPES = {
         train_decoder, "signs_cnn", 6.0, 4, 16, 8e-3, (70, 100)
     ),  # alpha 6: a map of 1/7; a sign covers a tenth
     "signs_vit": train_signs_vit,
-    "signs_vit_decoder": partial(train_decoder, "signs_vit", 8.0, 6, 32, 5e-3, (90, 100), is_Transformer=False),
+    "signs_vit_decoder": partial(train_decoder, "signs_vit", 8.0, 6, 32, 5e-3, (90, 100), "relevance", is_Transformer=False),
     "signs_scouter_positive": partial(train_scouter, "positive"),
     "signs_scouter_negative": partial(train_scouter, "negative"),
 }

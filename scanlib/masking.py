@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASKS = ("gradient", "attribution", "position")
+MASKS = ("gradient", "attribution", "position", "relevance")
 
 
 def percentile_of_positives(scores: Tensor, percentile: Tensor | float) -> Tensor:
@@ -32,14 +32,20 @@ def percentile_of_positives(scores: Tensor, percentile: Tensor | float) -> Tenso
     return threshold.view(-1, *[1] * (scores.ndim - 1))
 
 
-def mask_scores(features: Tensor, gradient: Tensor, mask_by: str, channel_dim: int = 1) -> Tensor:
+def mask_scores(
+    features: Tensor, gradient: Tensor, mask_by: str, channel_dim: int = 1, relevance: Tensor | None = None
+) -> Tensor:
     """What the percentile ranks, shaped like the features.
 
     "gradient": relu(G), as published. "attribution": relu(G F). "position": that times the positive part of its sum over the
-    channels, so that an entry counts where the place as a whole speaks for the class.
+    channels, so that an entry counts where the place as a whole speaks for the class. "relevance": relu(G) times the place's
+    attention relevance, which must be given, with one channel, so that it counts where the deciding token draws from; tokens
+    that are no place have none, and are masked.
     """
     if mask_by == "gradient":
         return gradient.relu()
+    if mask_by == "relevance":
+        return gradient.relu() * relevance
     attribution = gradient * features
     if mask_by == "attribution":
         return attribution.relu()

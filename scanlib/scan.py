@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scanlib import decoders
+from scanlib.attention import AttentionRelevance
 from scanlib.decoder_file import built, fingerprint, read_decoder, write_decoder
 from scanlib.evidence import empty, evidence_of, weighed
 from scanlib.explainer import quick
@@ -28,7 +29,7 @@ from scanlib.feature_cache import Encoded, FeatureCache, pictures, repeats
 from scanlib.hooks import FeatureTap
 from scanlib.layers import Layout, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, split_outputs
-from scanlib.maps import stretched
+from scanlib.maps import resized, stretched
 from scanlib.masking import MASKS, blur_to_grid, mask_scores, percentile_of_positives
 from scanlib.models import default_layer
 from scanlib.targets import Target, class_indices, is_callables
@@ -46,7 +47,8 @@ class SCAN:
         decoder_model: a decoder of your own: masked features -> (N, 4, h', w').
         device: where to work; None takes CUDA if there is one, else the CPU.
         num_classes: kept for compatibility; the number of classes is read off the logits.
-        mask_by: what the percentile ranks: "gradient" (published), "attribution" or "position"; see ``mask_scores``.
+        mask_by: what the percentile ranks: "gradient" (published), "attribution", "position", or for transformers that attend
+            over the whole picture "relevance", which takes a second pass and keeps all attention; see ``mask_scores``.
 
     Images everywhere are (N, 3, H, W) or (3, H, W), uint8 or float, in [0, 255].
     """
@@ -397,7 +399,8 @@ class SCAN:
             if not self.use_gradient_mask:
                 return features, features.new_ones(len(features), *[1] * (features.ndim - 1))
             gradient = self._arranged(tap.gradient(target)).float()
-        scores = mask_scores(features, gradient, self.mask_by, channel_dim=-1 if self._is_tokens else 1)
+        relevance = self._relevance(images, target) if self.mask_by == "relevance" else None
+        scores = mask_scores(features, gradient, self.mask_by, -1 if self._is_tokens else 1, relevance)
         patches = scores[:, layout.prefix :] if self._is_tokens else scores
         empty = int((patches.flatten(1) <= 0).all(1).sum())
         if empty:
@@ -407,6 +410,20 @@ class SCAN:
                 "their maps say nothing of the class; take an earlier layer",
             )
         return features, scores
+
+    def _relevance(self, images: Tensor, target: Target) -> Tensor:
+        """What the deciding token draws from each place, arranged as the features with one channel; 0 for prefix tokens."""
+        places = resized(self._drawn_from(images, target), self.layout.grid)[:, None]
+        return F.pad(places.flatten(2).mT, (0, 0, self.layout.prefix, 0)) if self._is_tokens else places
+
+    def _drawn_from(self, images: Tensor, target: Target) -> Tensor:
+        """Attention relevance (N, h, w), float32, of checked images, in a pass of its own."""
+        try:
+            return AttentionRelevance(self.model, preprocess=self.preprocess)(images, target, normalize=False).float()
+        except ValueError as error:
+            ways = ", ".join(way for way in MASKS if way != "relevance")
+            reason = f"needs attention over the whole picture, and {type(self.model).__name__} has none that can be read"
+            raise ValueError(f"mask_by 'relevance' {reason}; take one of {ways}") from error
 
     @torch.no_grad()
     def decode(self, features: Tensor, scores: Tensor, percentile: float | Sequence[float] = 95) -> tuple[Tensor, Tensor]:
@@ -488,7 +505,10 @@ class SCAN:
         ``default_layer`` with a warning.
         """
         if self._layout is None:
-            probe = self.preprocess(torch.full((1, 3, *self.image_size), 127.5, device=self.device))
+            grey = torch.full((1, 3, *self.image_size), 127.5, device=self.device)
+            if self.mask_by == "relevance" and self.use_gradient_mask:
+                self._drawn_from(grey, None)  # or say now that it can not be had
+            probe = self.preprocess(grey)
             with FeatureTap(self.model, self.layer_name) as tap:
                 tap(probe)
                 layout = tap.layout

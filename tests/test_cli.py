@@ -22,6 +22,16 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_masks_by_relevance_from_end_to_end(folder, tmp_path, capsys):
+    out, rest = tmp_path / "decoder.pt", "--epochs 1 --batch-size 4 --device cpu"
+    with pytest.warns(UserWarning, match="1 of 9 pictures"):
+        main(f"train --model signs_vit --data {folder} --out {out} {rest} --mask-by relevance".split())
+    main(f"explain {folder / '0.png'} --decoder {out} --log-probability --out {tmp_path / 'map.png'}".split())
+    assert "1 explained" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="can not be read"), pytest.raises(SystemExit, match="SmallResNet has none that"):
+        main(f"train --model signs_cnn --data {folder} --out {out} {rest} --mask-by relevance".split())
+
+
 def test_train_and_explain(folder, tmp_path, capsys):
     out = tmp_path / "made" / "decoder.pt"
     with pytest.warns(UserWarning, match="1 of 9 pictures"):
