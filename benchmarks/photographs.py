@@ -6,10 +6,10 @@ Nothing is downloaded. Three folders of yours:
 - weights: squeezenet1_1.pth and vit_tiny_patch16_224.pth, state dicts as torchvision lays them out.
 
 Which part a picture belongs to is a function of its file's name, fixed before this script measured anything: settings are chosen
-on the validation part. The test part has been looked at twice, before and after log-probabilities were tried, and nothing was
-chosen by it. (That percentiles of 93 to 97 suit SqueezeNet had been seen earlier, on another split of such photographs.) What was
-trained and measured is kept under --out, and taken up again as long as the package, this script, the weights and the names of
-the pictures are the same.
+on the validation part. The test part has been looked at three times, before and after log-probabilities, and after masks by
+relevance, were tried, and nothing was chosen by it. (That percentiles of 93 to 97 suit SqueezeNet had been seen earlier, on
+another split of such photographs.) What was trained and measured is kept under --out, and taken up again as long as the package,
+this script, the weights and the names of the pictures are the same.
 """
 
 import argparse
