@@ -402,11 +402,11 @@ class SCAN:
         relevance = self._relevance(images, target) if self.mask_by == "relevance" else None
         scores = mask_scores(features, gradient, self.mask_by, -1 if self._is_tokens else 1, relevance)
         patches = scores[:, layout.prefix :] if self._is_tokens else scores
-        empty = int((patches.flatten(1) <= 0).all(1).sum())
-        if empty:
+        silent = int((patches.flatten(1) <= 0).all(1).sum())
+        if silent:
             self._warn(
                 "nothing positive",
-                f"{empty} of {len(images)} images have no positive {self.mask_by} at any place of layer {self.layer_name!r}, so "
+                f"{silent} of {len(images)} images have no positive {self.mask_by} at any place of layer {self.layer_name!r}, so "
                 "their maps say nothing of the class; take an earlier layer",
             )
         return features, scores
