@@ -38,7 +38,7 @@ class Scouter(nn.Module):
         backbone: a model; copied, and what it runs behind ``layer`` is let go. Its weights are where training starts: train it
             with its own head first.
         classes: their number. layer: name, module or index; None takes the last with a spatial extent.
-        channels, slots, key_layers, iterations, sign, rescale: see ``XSlotAttention``.
+        channels, slots, key_layers, iterations, sign, rescale, bias: see ``XSlotAttention``.
         freeze: how many of the backbone's stages keep their weights and statistics, its stem with them; see ``Frozen``.
         preprocess: images in [0, 255] -> the model's input, for ``explain``. image_size: pixels a side, for finding the layer.
 
@@ -58,6 +58,7 @@ class Scouter(nn.Module):
         iterations: int = 3,
         sign: int = 1,
         rescale: bool = False,
+        bias: float = 0.0,
         freeze: int = 0,
         preprocess: Callable[[Tensor], Tensor] | None = None,
         image_size: int | tuple[int, int] = 224,
@@ -75,7 +76,7 @@ class Scouter(nn.Module):
         self.preprocess = preprocess or (lambda images: images)
         self.backbone = Frozen(front, freeze)
         self.project = nn.Conv2d(width, channels, 1)
-        self.slot_attention = XSlotAttention(classes, channels, slots, iterations, key_layers, sign, rescale)
+        self.slot_attention = XSlotAttention(classes, channels, slots, iterations, key_layers, sign, rescale, bias)
         self.to(next(front.parameters()))  # its device and precision
 
     @property

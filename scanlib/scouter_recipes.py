@@ -5,7 +5,8 @@ scouter, history = train(replace(PRESETS["signs-positive"], lam=0), "blind.pt")
 scouter = load_scouter("mnist.pt")                                  # as it was built, with its weights; .explain(images, target)
 
 Presets follow the commands of the released code (github.com/wbw520/scouter, README): AdamW 1e-4, a tenth of it every 70 epochs.
-Rows are not rescaled, as in the paper; rescale=True does as the code did.
+Rows are not rescaled, as in the paper; rescale=True does as the code did. The two for Signs begin with open slots (bias=2),
+so that a map shows what the area term made of it, and not where the sigmoid began.
 """
 
 import itertools
@@ -56,6 +57,7 @@ class Recipe:
     key_layers: int = _option(1, "linear layers that make keys")
     iterations: int = _option(3, "how often the slots look")
     rescale: bool = _option(False, "rescale rows of scores, as the released code does")
+    bias: float = _option(0.0, "added to every score: above 0 the slots begin by looking at nearly everything")
     lam: float = _option(1.0, "weight of the area in the loss")
     power: float = _option(2.0, "of the area in the loss")
     freeze: int = _option(2, "stages of the backbone to freeze, the stem with them; 0 none")
@@ -87,7 +89,7 @@ _CONTEXT = Recipe(data="context", backbone="resnest26d", classes=30, batch_size=
 _CUB = Recipe(data="cub200", backbone="resnest50d", classes=25, epochs=150, key_layers=3)
 _IMAGENET = Recipe(data="imagenet", classes=10, backbone="resnest26d", batch_size=70, epochs=20, freeze=0, key_layers=3)
 _SIGNS = Recipe(backbone="signs_cnn", layer="layer3", freeze=3, lam=10.0, power=1.0, image_size=64, augment=False, epochs=8)
-_SIGNS = replace(_SIGNS, learning_rate=3e-3, schedule="one-cycle")
+_SIGNS = replace(_SIGNS, learning_rate=3e-3, schedule="one-cycle", bias=2.0)
 PRESETS = {
     "imagenet-base": replace(_IMAGENET, head="base"),
     "imagenet-positive": _IMAGENET,
@@ -179,7 +181,7 @@ def build(recipe: Recipe, classes: int) -> Frozen | Scouter:
     else:
         base = classifier(recipe.backbone, classes, recipe.weights, recipe.image_size)
         backbone, preprocess = base.model, base.preprocess
-    names = ("layer", "channels", "slots", "key_layers", "iterations", "rescale", "freeze", "image_size")
+    names = ("layer", "channels", "slots", "key_layers", "iterations", "rescale", "bias", "freeze", "image_size")
     options = {name: getattr(recipe, name) for name in names}
     return Scouter(backbone, classes, sign=HEADS[recipe.head], preprocess=preprocess, **options)
 

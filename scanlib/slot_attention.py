@@ -30,6 +30,8 @@ class XSlotAttention(nn.Module):
         sign: +1, what is found speaks for the class; -1, against it.
         rescale: every row of scores scaled to the sum of all, as in the released code and not in the paper. It couples every
             class to every other.
+        bias: added to every score before the sigmoid. At 0, as in the paper, a slot begins by looking half at everything; at 2,
+            by looking .88 at it, and what the area term does not make it leave out stays in.
 
     Slots are drawn once from a normal distribution and learned.
     """
@@ -42,7 +44,8 @@ class XSlotAttention(nn.Module):
         iterations: int = 3,
         key_layers: int = 1,
         sign: int = 1,
-        rescale=False,
+        rescale: bool = False,
+        bias: float = 0.0,
     ):
         super().__init__()
         for name, value in {"classes": classes, "slots": slots, "iterations": iterations, "key_layers": key_layers}.items():
@@ -50,7 +53,7 @@ class XSlotAttention(nn.Module):
                 raise ValueError(f"{name} {value} is no count; give 1 or more")
         if sign not in (1, -1):
             raise ValueError(f"sign {sign!r} is not known; take +1, evidence for a class, or -1, against it")
-        self.classes, self.iterations, self.sign, self.rescale = classes, iterations, sign, rescale
+        self.classes, self.iterations, self.sign, self.rescale, self.bias = classes, iterations, sign, rescale, bias
         self.slots = nn.Parameter(torch.randn(classes * slots, channels))
         layers = [layer for _ in range(key_layers) for layer in (nn.Linear(channels, channels), nn.ReLU())]
         self.keys = nn.Sequential(*layers[:-1])
@@ -70,7 +73,7 @@ class XSlotAttention(nn.Module):
             scores = slots @ keys.mT / math.sqrt(channels)  # (B, S, N)
             if self.rescale:
                 scores = _rescaled(scores)
-            attention = scores.sigmoid()  # no softmax: slots do not compete
+            attention = (scores + self.bias).sigmoid()  # no softmax: slots do not compete
             found = attention @ values / channels  # (B, S, d)
         logits = self.sign * exact(found).unflatten(1, (self.classes, -1)).sum((2, 3))
         return Slots(logits, attention.unflatten(1, (self.classes, -1)))

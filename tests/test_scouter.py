@@ -17,7 +17,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def in_numpy(module, values, positions, classes, sign, rescale):
+def in_numpy(module, values, positions, classes, sign, rescale, bias):
     """The paper's equations for one picture, slot by slot: V (N, d), P (N, d) -> logits (K,), attention (K, slots, N)."""
     w = {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
     N, d = values.shape
@@ -31,7 +31,7 @@ def in_numpy(module, values, positions, classes, sign, rescale):
         Z = np.array([[slots[s] @ keys[n] / np.sqrt(d) for n in range(N)] for s in range(len(slots))])
         if rescale:
             Z = np.array([row / row.sum() * Z.sum() for row in Z])
-        A = sigmoid(Z)
+        A = sigmoid(Z + bias)
         U = A @ values / d
         if iteration < 2:
             for s in range(len(slots)):
@@ -46,14 +46,14 @@ def in_numpy(module, values, positions, classes, sign, rescale):
 
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("rescale", [False, True])
-def test_the_equations_in_numpy(slots, sign, rescale):
+@pytest.mark.parametrize(("rescale", "bias"), [(False, 0), (True, 0), (False, 2)])
+def test_the_equations_in_numpy(slots, sign, rescale, bias):
     torch.manual_seed(slots)
-    module = XSlotAttention(4, 8, slots, key_layers=slots, sign=sign, rescale=rescale).double()
+    module = XSlotAttention(4, 8, slots, key_layers=slots, sign=sign, rescale=rescale, bias=bias).double()
     values, positions = torch.rand(2, 15, 8).double(), position_code(3, 5, 8).double()
     logits, attention = module(values, positions)
     for i in range(2):
-        expected = in_numpy(module, values[i].numpy(), positions.numpy(), 4, sign, rescale)
+        expected = in_numpy(module, values[i].numpy(), positions.numpy(), 4, sign, rescale, bias)
         np.testing.assert_allclose(logits[i].detach(), expected[0], atol=1e-6)
         np.testing.assert_allclose(attention[i].detach(), expected[1], atol=1e-6)
     mass = torch.einsum("bksn,bn->bk", attention, values.mean(2))
