@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fill", choices=FILLS, default="mean", help="what takes its place")
     parser.add_argument("--steps", type=int, default=10, help="of deletion and insertion")
     parser.add_argument("--limit", type=int, default=500, help="at most so many pictures")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, help="pictures a run; left out, what is quick on the device")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a .md or .csv to write as well")
     parser.add_argument("--device", help="cpu, cuda, mps; left out, cuda if there is one")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scanlib.comparison_table import Comparison
-from scanlib.explainer import prepared
+from scanlib.explainer import batch_of, prepared
 from scanlib.localisation import checked_masks
 from scanlib.maps import fitting
 from scanlib.metrics import (
@@ -58,7 +58,7 @@ class Case:
     fill: Callable = mean_colour
     steps: int = 10
     percentiles: Sequence[float] = PERCENTILES
-    batch_size: int = 64
+    batch_size: int | None = None
     seed: int = 0
 
     @cached_property
@@ -77,7 +77,7 @@ class Case:
 
     @cached_property
     def coherency(self) -> Tensor:
-        parts = torch.arange(len(self.images)).split(self.batch_size)
+        parts = torch.arange(len(self.images)).split(batch_of(self.images, self.batch_size))
         return torch.cat([coherency(self.explainer, self.images[i], self.maps[i], self.classes[i]) for i in parts])
 
     @cached_property
@@ -126,7 +126,7 @@ def compare(
     fill: Callable = mean_colour,
     steps: int = 10,
     percentiles: Sequence[float] = PERCENTILES,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
@@ -139,7 +139,7 @@ def compare(
         metrics: names out of ``METRICS``, or a dictionary like it with figures of your own; None takes the usual ones.
         target: the class explained, one or one per image; None takes the predicted one, the same for all explainers.
         patch, fill, steps: as in ``removal_curves``, for deletion, insertion and infidelity; drop and increase fade to black, as
-            published. percentiles: as in ``road``.
+            published. percentiles: as in ``road``. batch_size: pictures a run; None takes what is quick on the model's device.
 
     Every map meets the same pictures, classes, units, fillings, noise and ties; figures are per picture, so that explainers
     compare pair by pair. The time is of one pass over the pictures in batches, the first batch explained once before to warm up.
@@ -154,6 +154,7 @@ def compare(
         raise ValueError(f"masks have shape {tuple(masks.shape)}; for these images it must be {(len(images), *size)}")
     places(torch.zeros(1, *size), patch)  # refuses a patch before anything is explained
     preprocess = preprocess or (lambda pictures: pictures)
+    batch_size = batch_of(images, batch_size, model)
     parts = torch.arange(len(images)).split(batch_size)
     draws = itertools.count(seed)  # a random explainer never says the same twice; the centre prior always does
     baselines = {

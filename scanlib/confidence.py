@@ -12,13 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from scanlib.explainer import batch_of
 from scanlib.maps import fitting
 from scanlib.removal import Score, black, floating
 
 
 @torch.no_grad()
 def confidences(
-    score: Score, images: Tensor, maps: Tensor, fill: Callable[[Tensor], Tensor] = black, batch_size: int = 64
+    score: Score, images: Tensor, maps: Tensor, fill: Callable[[Tensor], Tensor] = black, batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The score of each picture as it is and dimmed by its map, (N,) each.
 
@@ -29,7 +30,7 @@ def confidences(
     maps = fitting(maps, len(images), images.shape[2:]).to(images)[:, None]
     dimmed = torch.lerp(fill(images), images, maps)
     values = []
-    for which in torch.arange(len(images), device=images.device).split(batch_size):
+    for which in torch.arange(len(images), device=images.device).split(batch_of(images, batch_size)):
         values.append(torch.stack([score(images[which], which), score(dimmed[which], which)], 1))
     before, after = torch.cat(values).unbind(1) if values else 2 * [images.new_zeros(0)]
     return before, after

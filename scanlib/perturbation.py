@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scanlib.cam_explainer import CAMExplainer
-from scanlib.explainer import exact, quick
+from scanlib.explainer import batch_of, exact, quick
 from scanlib.formulas import weighted_sum
 from scanlib.hooks import FeatureTaps
 from scanlib.maps import resized, unit_range
@@ -25,18 +25,21 @@ from scanlib.targets import Target, class_indices, is_callables, target_scores
 
 
 class _Perturbation(CAMExplainer):
-    """A CAM whose weights come from many runs. batch_size: images a run. ``CAMExplainer`` tells the other arguments."""
+    """A CAM whose weights come from many runs.
+
+    batch_size: images a run; None takes what is quick on the device. ``CAMExplainer`` tells the other arguments.
+    """
 
     graph, formula = None, staticmethod(weighted_sum)
 
-    def __init__(self, model, target_layer=None, preprocess=None, *, batch_size: int = 16, **options):
+    def __init__(self, model, target_layer=None, preprocess=None, *, batch_size: int | None = None, **options):
         if options.get("differentiable"):
             raise ValueError(
                 f"differentiable=True is not for {type(self).__name__}, whose weights have no gradient; take GradCAM"
             )
         super().__init__(model, target_layer, preprocess, **options)
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} is too small; give 1 or more")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} is too small; give 1 or more, or None")
         self.batch_size = batch_size
 
 
@@ -97,7 +100,7 @@ class ScoreCAM(_Perturbation):
     def _tried(self, inputs: Tensor, A: Tensor, pairs: Tensor, targets: list[Target], change: Callable | None = None) -> Tensor:
         """Scores (K, N, C), filled in at pairs (n, 2) of image and channel. change: what is done to masks (n, H, W) first."""
         scores = A.new_zeros(len(targets), *A.shape[:2])
-        for image, channel in (part.T for part in pairs.split(self.batch_size) if len(part)):
+        for image, channel in (part.T for part in pairs.split(batch_of(inputs, self.batch_size)) if len(part)):
             masks = A[image, channel]
             masks = unit_range(masks) if self.stretch == "before" else masks
             masks = resized(masks, inputs.shape[2:])
@@ -153,14 +156,13 @@ class AblationCAM(_Perturbation):
     """Ablation-CAM (Desai, Ramaswamy 2020, Eq. 3): w_c = (y - y_c) / |y|, y_c the score with channel c zeroed at every place.
 
     The size of y is divided by, not y: else every weight turns round where the score is negative. Prefix tokens stay as they are.
-    batch_size: None takes as many versions of the features as fit 64 MB.
+    batch_size: None takes as many versions of the features as fit 8 MB on the CPU, where larger ones are slow, 64 MB elsewhere.
     """
 
-    def __init__(self, model, target_layer=None, preprocess=None, *, batch_size: int | None = None, **options):
-        super().__init__(model, target_layer, preprocess, batch_size=1 if batch_size is None else batch_size, **options)
+    def __init__(self, model, target_layer=None, preprocess=None, **options):
+        super().__init__(model, target_layer, preprocess, **options)
         if self.reshape is not None:
             raise ValueError("reshape is not for AblationCAM, which has to write into the layer's output; take ScoreCAM")
-        self.batch_size = batch_size
 
     def _layer_maps(self, inputs, targets):
         return list(zip(*(self._of_layer(inputs, layer, targets) for layer in self.layers), strict=True))
@@ -180,7 +182,8 @@ class AblationCAM(_Perturbation):
         whole = self._score(tail.outputs[one], targets)
         scores = whole.expand(-1, A.shape[1]).clone()
         alive = A[image].flatten(1).any(1).nonzero()[:, 0]  # zeroing a channel of zeros changes nothing
-        for channels in alive.split(self.batch_size or max(1, min(256, int(64e6 / (4 * features.numel()))))):
+        room = 8e6 if features.device.type == "cpu" else 64e6
+        for channels in alive.split(self.batch_size or max(1, min(256, int(room / (4 * features.numel()))))):
             if not len(channels):  # all are dead
                 break
             versions = features.expand(len(channels), *features.shape[1:]).clone()

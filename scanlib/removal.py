@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scanlib.explainer import prepared
+from scanlib.explainer import batch_of, prepared
 from scanlib.localisation import ranked
 from scanlib.maps import fitting
 from scanlib.outputs import evaluating, logits_of
@@ -92,12 +92,12 @@ def places(maps: Tensor, patch: int = 1, seed: int = 0) -> tuple[Tensor, int]:
 
 
 @torch.no_grad()
-def scores_without(score: Score, images: Tensor, removed: Callable, fill: Callable, steps: int, batch_size: int) -> Tensor:
+def scores_without(score: Score, images: Tensor, removed: Callable, fill: Callable, steps: int, batch_size: int | None) -> Tensor:
     """(N, steps): the score of each picture at each step, in batches that mix both.
 
     removed: indices and steps, (B,) each -> (B, H, W) bool. fill: as in ``removal_curves``.
     """
-    images = floating(images)
+    images, batch_size = floating(images), batch_of(images, batch_size)
     filled = fill(images)
     put = filled if callable(filled) else lambda which, gone: torch.where(gone[:, None], filled[which], images[which])
     picture, step = (each.flatten() for each in torch.meshgrid(torch.arange(len(images)), torch.arange(steps), indexing="ij"))
@@ -114,7 +114,7 @@ def removal_curves(
     steps: int = 10,
     patch: int = 1,
     fill: Callable = mean_colour,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Deletion and insertion curves: the score as the map's highest places are removed, or put back.
@@ -124,6 +124,7 @@ def removal_curves(
         patch: side in pixels of what is removed at once.
         fill: what stands where something was removed: ``mean_colour``, ``blurred``, ``black``, ``road.imputed``, or any function
             of the images that gives pictures (N, 3, H, W), or a function of indices (B,) and removed places (B, H, W) that does.
+        batch_size: pictures a run of the model; None takes what is quick on the images' device, see ``explainer.batch_of``.
 
     Returns deletion and insertion, each (N, steps + 1): the score with 0, 1/steps, ..., all places removed (or put back); ``auc``
     gives the areas: low is good for deletion, high for insertion. Putting back the highest is removing the lowest, read

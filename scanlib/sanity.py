@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scanlib.explainer import batch_of
 from scanlib.quality import correlation
 from scanlib.targets import of_images
 
@@ -91,7 +92,7 @@ def parameter_randomisation(
     *,
     stages: Sequence[str] | None = None,
     cascading: bool = True,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> Randomisation:
     """The sanity check: how like the trained model's are the maps of the randomised ones?
@@ -103,7 +104,7 @@ def parameter_randomisation(
 
     Near 1 all along is a failed check. The model is left as it was.
     """
-    parts = torch.arange(len(images)).split(batch_size)
+    parts = torch.arange(len(images)).split(batch_of(images, batch_size, model))
     trained = explainer(model)
     targets = [of_images(target, i) for i in parts]
     first = torch.cat([trained(images[i], asked) for i, asked in zip(parts, targets, strict=True)])

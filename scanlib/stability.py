@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from scanlib.explainer import batch_of
 from scanlib.maps import fitting
 from scanlib.removal import Score, floating, mean_colour, scores_without
 from scanlib.targets import of_images
@@ -26,7 +27,7 @@ def infidelity(
     samples: int = 20,
     fill: Callable = mean_colour,
     rescale: bool = True,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Mean over random sets S of patches of (s * map's sum over S - (score - score without S))^2, (N,); low is good.
@@ -55,7 +56,7 @@ def max_sensitivity(
     *,
     radius: float = 5.0,
     samples: int = 10,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> Tensor:
     """The largest change of the map, relative to it, under uniform noise of up to ``radius`` grey levels, (N,); low is good.
@@ -66,7 +67,7 @@ def max_sensitivity(
     images, generator = floating(images), torch.Generator().manual_seed(seed)
     noises = radius * (2 * torch.rand(samples, *images.shape[1:], generator=generator) - 1).to(images)
     worst = []
-    for which in torch.arange(len(images), device=images.device).split(batch_size):
+    for which in torch.arange(len(images), device=images.device).split(batch_of(images, batch_size)):
         asked = of_images(target, which)
         maps = explainer(images[which], asked).detach().flatten(1)
         noisy = (explainer((images[which] + noise).clamp(0, 255), asked).detach().flatten(1) for noise in noises)

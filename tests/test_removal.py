@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from scanlib.explainer import batch_of
 from scanlib.metrics import (
     auc,
     black,
@@ -74,6 +75,17 @@ def test_perfect_random_constant_and_inverted_order_as_they_must(column):
     assert chance == pytest.approx(0.5, abs=0.03) and constant == pytest.approx(0.5, abs=0.03)  # a column is met half-way
     tied = (good > 0).float()  # the four tie: whatever their order, the same
     assert {of(tied, s) for s in range(5)} == {0.125}
+
+
+def test_pictures_a_run():
+    many, model = torch.rand(100, 1, 2, 2), torch.nn.Linear(1, 1)
+    assert [batch_of(torch.rand(1, 3, side, side)) for side in (64, 224, 448, 2000)] == [64, 16, 4, 1]
+    assert batch_of(many) == batch_of(many, model=model) == 64 and batch_of(many, 500) == 500
+    assert (
+        batch_of(torch.rand(1, 3, 448, 448, device="meta")) == 64 == batch_of(torch.rand(1, 3, 448, 448), None, model.to("meta"))
+    )
+    with pytest.raises(ValueError, match="batch_size 0 is too small"):
+        removal_curves(lambda x, i: x.mean((1, 2, 3)), many, many[:, 0], batch_size=0)
 
 
 def test_ranks_patches_fills_and_batches():
