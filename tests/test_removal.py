@@ -79,8 +79,8 @@ def test_perfect_random_constant_and_inverted_order_as_they_must(column):
 
 def test_pictures_a_run():
     many, model = torch.rand(100, 1, 2, 2), torch.nn.Linear(1, 1)
-    assert [batch_of(torch.rand(1, 3, side, side)) for side in (64, 224, 448, 2000)] == [64, 16, 4, 1]
-    assert batch_of(many) == batch_of(many, model=model) == 64 and batch_of(many, 500) == 500
+    assert [batch_of(torch.rand(1, 3, side, side)) for side in (64, 224, 448, 2000)] == [32, 16, 4, 1]
+    assert batch_of(many) == batch_of(many, model=model) == 32 and batch_of(many, 500) == 500
     assert (
         batch_of(torch.rand(1, 3, 448, 448, device="meta")) == 64 == batch_of(torch.rand(1, 3, 448, 448), None, model.to("meta"))
     )
