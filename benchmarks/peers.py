@@ -397,9 +397,10 @@ if ours were nothing but the runs of the model, removing and filling for nothing
 |---|---|---|---|---|---|---|---|
 {metrics}
 
-Asked were 1.5 x for deletion and 50 x for ROAD. Deletion is nothing but the runs of the model. ROAD would be `at most` so much
-quicker on a CPU even if filling in cost nothing; as it is, the filling takes half of our time, and waits for memory (nine
-steps of conjugate gradients on 50,000 pixels a picture). What could be tried is a GPU, which does both; the peer solves on the CPU always.
+Asked were 1.5 x for deletion and 50 x for ROAD. Deletion is nothing but the runs of the model. ROAD would be `at most` so
+much quicker on a CPU even if filling in cost nothing; as it is, the filling takes half of our time, and waits for memory
+(nine steps of conjugate gradients on 50,000 pixels a picture). What could be tried is a GPU, which does both; the peer solves
+on the CPU always.
 
 ## Peak memory
 MiB that the call adds to the peak of a process of its own, in which the bare model ran on the same images before; ResNet-18, four
