@@ -57,6 +57,10 @@ def legrad(gradients: Sequence[Tensor]) -> Tensor:
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
+class NoAttention(ValueError):
+    """The model does not attend over the whole picture, or its attention can not be read."""
+
+
 class AttentionWeights(TorchFunctionMode):
     """Inside ``with``, note the weights of every attention that runs, (B, heads, T, T), part of the autograd graph.
 
@@ -86,6 +90,21 @@ class AttentionWeights(TorchFunctionMode):
         if function in _SOFTMAX and output.ndim > 2 and output.shape[-1] == output.shape[-2]:
             return self._note(output)
         return output
+
+    def checked(self, inputs: Tensor, model: nn.Module) -> list[Tensor]:
+        """``weights``, if they are of a model that attends over the whole of each picture (N, ...) in every block.
+
+        Raises NoAttention if not.
+        """
+        shapes = {tuple(block.shape) for block in self.weights}
+        if self.missed or len(shapes) != 1 or self.weights[0].ndim != 4 or len(self.weights[0]) != len(inputs):
+            seen = f"attention of {', '.join(map(str, sorted(shapes)))}" if shapes else "no self-attention"
+            seen += f" and {self.missed} that could not be taken down" if self.missed else ""
+            raise NoAttention(
+                f"{type(model).__name__} shows {seen} for {len(inputs)} images; these maps need blocks that attend over the "
+                "whole picture, (images, heads, tokens, tokens); take SCAN or a CAM for this model"
+            )
+        return self.weights
 
     def _note(self, weights: Tensor) -> Tensor:
         self.weights.append(weights)
@@ -161,15 +180,9 @@ class _AttentionExplainer(Explainer):
         self.blocks = None if target_layer is None else [resolve_layer(model, layer)[1] for layer in layers]
 
     def _maps(self, inputs: Tensor, target: Target) -> Tensor:
-        """Raises ValueError for models whose attention is not over the whole picture."""
+        """Raises NoAttention for models whose attention is not over the whole picture."""
         with torch.enable_grad():
-            tokens = self._tokens(inputs, target)
-        layout = Layout.infer((*tokens.shape, 1), tuple(inputs.shape[-2:]))
-        if layout.prefix > USUAL_PREFIX_TOKENS:
-            raise ValueError(
-                f"{type(self.model).__name__} attends over {tokens.shape[1]} things, no grid of patches; take SCAN or a CAM"
-            )
-        return tokens[:, layout.prefix :].unflatten(1, layout.grid)
+            return patches_of(self._tokens(inputs, target), inputs, self.model)
 
     def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
         """Inputs -> what each token weighs, (N, T)."""
@@ -194,15 +207,7 @@ class _AttentionExplainer(Explainer):
         finally:
             for handle in handles:
                 handle.remove()
-        weights, name = recorder.weights, type(self.model).__name__
-        shapes = {tuple(block.shape) for block in weights}
-        if recorder.missed or len(shapes) != 1 or weights[0].ndim != 4 or len(weights[0]) != len(inputs):
-            seen = f"attention of {', '.join(map(str, sorted(shapes)))}" if shapes else "no self-attention"
-            seen += f" and {recorder.missed} that could not be taken down" if recorder.missed else ""
-            raise ValueError(
-                f"{name} shows {seen} for {len(inputs)} images; these maps need blocks that attend over the "
-                "whole picture, (images, heads, tokens, tokens); take SCAN or a CAM for this model"
-            )
+        weights = recorder.checked(inputs, self.model)
         counts = [last - first for first, last in spans] + [0] * (len(self.blocks or ()) - len(spans))  # 0: it did not run
         if any(count != 1 for count in counts):
             raise ValueError(f"blocks in target_layer run {counts} attentions; give blocks that run, with one attention each")
@@ -227,7 +232,15 @@ def _detached(x: Tensor) -> Tensor:
     return exact(x.detach())
 
 
-def _read(pairs: Tensor, last_gradient: Tensor) -> Tensor:
+def patches_of(tokens: Tensor, inputs: Tensor, model: nn.Module) -> Tensor:
+    """What each token weighs, (N, T) -> (N, h, w), for inputs (N, 3, H, W). Raises NoAttention if they are no grid of patches."""
+    layout = Layout.infer((*tokens.shape, 1), tuple(inputs.shape[-2:]))
+    if layout.prefix > USUAL_PREFIX_TOKENS:
+        raise NoAttention(f"{type(model).__name__} attends over {tokens.shape[1]} things, no grid of patches; take SCAN or a CAM")
+    return tokens[:, layout.prefix :].unflatten(1, layout.grid)
+
+
+def read_by_head(pairs: Tensor, last_gradient: Tensor) -> Tensor:
     """Rows of (N, T, T) that the head reads, averaged: (N, T).
 
     Behind the model's last attention tokens no longer mix, so exactly the tokens that the head reads (the class token, or the
@@ -246,7 +259,7 @@ class AttentionRollout(_AttentionExplainer):
 
     def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
         seen = self._recorded(inputs)
-        return _read(attention_rollout(list(map(_detached, seen.chosen))), seen.gradients(target)[-1])
+        return read_by_head(attention_rollout(list(map(_detached, seen.chosen))), seen.gradients(target)[-1])
 
 
 class AttentionRelevance(_AttentionExplainer):
@@ -257,7 +270,7 @@ class AttentionRelevance(_AttentionExplainer):
         gradients = seen.gradients(target)
         at = {id(block): gradient for block, gradient in zip(seen.weights, gradients, strict=True)}
         relevance = attention_relevance(list(map(_detached, seen.chosen)), [at[id(block)] for block in seen.chosen])
-        return _read(relevance, gradients[-1])
+        return read_by_head(relevance, gradients[-1])
 
 
 class LeGrad(_AttentionExplainer):

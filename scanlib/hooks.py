@@ -129,17 +129,19 @@ class FeatureTaps:
         image's output row (K,) to a scalar. Raises ValueError for a class out of range, a wrong count, or a score
         that does not depend on a layer at all (a side branch).
         """
-        captured = self.captured
+        return self._gradients(self.captured, [f"layer {name!r}" for name in self.names], target)
+
+    def _gradients(self, tensors: Sequence[Tensor], names: Sequence[str], target: Target) -> list[Tensor]:
+        """``gradients`` at any tensors of the run's graph."""
         with torch.inference_mode(False), torch.enable_grad():
             score = target_scores(self.logits, target).sum()  # images are independent in eval mode: one backward for all
-            gradients = [None] * len(captured)
+            gradients = [None] * len(tensors)
             if score.requires_grad:
-                gradients = torch.autograd.grad(score, captured, retain_graph=True, create_graph=self.twice, allow_unused=True)
-        for name, gradient in zip(self.names, gradients, strict=True):
+                gradients = torch.autograd.grad(score, tensors, retain_graph=True, create_graph=self.twice, allow_unused=True)
+        for name, gradient in zip(names, gradients, strict=True):
             if gradient is None:
                 raise ValueError(
-                    f"the score does not depend on layer {name!r}; "
-                    "tap one on the way to the output, outside any no_grad of the model"
+                    f"the score does not depend on {name}; tap one on the way to the output, outside any no_grad of the model"
                 )
         return list(gradients)
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scanlib import decoders
-from scanlib.attention import AttentionRelevance
+from scanlib.attention import NoAttention
 from scanlib.decoder_file import built, fingerprint, read_decoder, write_decoder
 from scanlib.evidence import empty, evidence_of, weighed
 from scanlib.explainer import quick
@@ -32,6 +32,7 @@ from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, spli
 from scanlib.maps import resized, stretched
 from scanlib.masking import MASKS, blur_to_grid, mask_scores, percentile_of_positives
 from scanlib.models import default_layer
+from scanlib.relevance_tap import RelevanceTap
 from scanlib.targets import Target, class_indices, is_callables
 from scanlib.trainer import Trainer
 
@@ -48,7 +49,7 @@ class SCAN:
         device: where to work; None takes CUDA if there is one, else the CPU.
         num_classes: kept for compatibility; the number of classes is read off the logits.
         mask_by: what the percentile ranks: "gradient" (published), "attribution", "position", or for transformers that attend
-            over the whole picture "relevance", which takes a second pass and keeps all attention; see ``mask_scores``.
+            over the whole picture "relevance", which keeps all attention and takes longer; see ``mask_scores``.
 
     Images everywhere are (N, 3, H, W) or (3, H, W), uint8 or float, in [0, 255].
     """
@@ -391,15 +392,19 @@ class SCAN:
     def _extract(self, images: Tensor, target, unknown: bool = False) -> tuple[Tensor, Tensor]:
         """``extract`` of checked images; unknown: let class -1 mean the predicted one, as for training labels."""
         layout = self.layout  # before the layer's name is read: it may move
-        with FeatureTap(self.model, self.layer_name) as tap:
+        with self._tap() as tap:
             logits = tap(quick(self.preprocess(images)))
             if not is_callables(target):
                 target = class_indices(logits, target, unknown)
             features = self._arranged(tap.features).float()
             if not self.use_gradient_mask:
                 return features, features.new_ones(len(features), *[1] * (features.ndim - 1))
-            gradient = self._arranged(tap.gradient(target)).float()
-        relevance = self._relevance(images, target) if self.mask_by == "relevance" else None
+            if isinstance(tap, RelevanceTap):
+                gradient, relevance = tap.gradient_and_relevance(target)
+                relevance = self._placed(relevance.float())
+            else:
+                gradient, relevance = tap.gradient(target), None
+        gradient = self._arranged(gradient).float()
         scores = mask_scores(features, gradient, self.mask_by, -1 if self._is_tokens else 1, relevance)
         patches = scores[:, layout.prefix :] if self._is_tokens else scores
         silent = int((patches.flatten(1) <= 0).all(1).sum())
@@ -411,19 +416,15 @@ class SCAN:
             )
         return features, scores
 
-    def _relevance(self, images: Tensor, target: Target) -> Tensor:
-        """What the deciding token draws from each place, arranged as the features with one channel; 0 for prefix tokens."""
-        places = resized(self._drawn_from(images, target), self.layout.grid)[:, None]
-        return F.pad(places.flatten(2).mT, (0, 0, self.layout.prefix, 0)) if self._is_tokens else places
+    def _tap(self) -> FeatureTap:
+        """The target layer's, with attention relevance where the masks rank by it."""
+        kind = RelevanceTap if self.mask_by == "relevance" and self.use_gradient_mask else FeatureTap
+        return kind(self.model, self.layer_name)
 
-    def _drawn_from(self, images: Tensor, target: Target) -> Tensor:
-        """Attention relevance (N, h, w), float32, of checked images, in a pass of its own."""
-        try:
-            return AttentionRelevance(self.model, preprocess=self.preprocess)(images, target, normalize=False).float()
-        except ValueError as error:
-            ways = ", ".join(way for way in MASKS if way != "relevance")
-            reason = f"needs attention over the whole picture, and {type(self.model).__name__} has none that can be read"
-            raise ValueError(f"mask_by 'relevance' {reason}; take one of {ways}") from error
+    def _placed(self, relevance: Tensor) -> Tensor:
+        """Relevance (N, h, w) of patches, arranged as the features, with one channel; 0 for prefix tokens."""
+        places = resized(relevance, self.layout.grid)[:, None]
+        return F.pad(places.flatten(2).mT, (0, 0, self.layout.prefix, 0)) if self._is_tokens else places
 
     @torch.no_grad()
     def decode(self, features: Tensor, scores: Tensor, percentile: float | Sequence[float] = 95) -> tuple[Tensor, Tensor]:
@@ -505,12 +506,9 @@ class SCAN:
         ``default_layer`` with a warning.
         """
         if self._layout is None:
-            grey = torch.full((1, 3, *self.image_size), 127.5, device=self.device)
-            if self.mask_by == "relevance" and self.use_gradient_mask:
-                self._drawn_from(grey, None)  # or say now that it can not be had
-            probe = self.preprocess(grey)
-            with FeatureTap(self.model, self.layer_name) as tap:
-                tap(probe)
+            probe = self.preprocess(torch.full((1, 3, *self.image_size), 127.5, device=self.device))
+            with self._tap() as tap:
+                self._try(tap, probe)
                 layout = tap.layout
                 unread = False
                 if self.use_gradient_mask and layout.prefix:
@@ -528,6 +526,17 @@ class SCAN:
                 return self.layout
             self._layout = layout
         return self._layout
+
+    def _try(self, tap: FeatureTap, probe: Tensor) -> None:
+        """Run it, and say now if there is no relevance to be had."""
+        try:
+            tap(probe)
+            if isinstance(tap, RelevanceTap):
+                tap.gradient_and_relevance()
+        except NoAttention as error:
+            ways = ", ".join(way for way in MASKS if way != "relevance")
+            reason = f"needs attention over the whole picture, and {type(self.model).__name__} has none that can be read"
+            raise ValueError(f"mask_by 'relevance' {reason}; take one of {ways}") from error
 
     @property
     def _is_tokens(self) -> bool:

@@ -74,7 +74,7 @@ FLOORS = [
         "evidence",
     },
     {"attention", "models", "removal", "sanity", "feature_cache", "trainer", "slot_attention"},
-    {"cam_explainer", "factorization", "fullgrad", "confidence", "road", "stability", "backbones", "scouter"},
+    {"cam_explainer", "factorization", "fullgrad", "confidence", "relevance_tap", "road", "stability", "backbones", "scouter"},
     {"cams", "perturbation", "scan", "metrics", "scouter_training", "comparison_table"},
     {"comparison", "scouter_recipes", "explorer", "cli_shared"},
     {"cli_train", "cli_scouter", "cli_explain", "cli_compare", "widgets"},

@@ -19,6 +19,7 @@ from scanlib.maps import stretched
 from scanlib.masking import MASKS, blur_to_grid, mask_scores, percentile_of_positives
 from scanlib.metrics import checkerboard, class_score, evaluate
 from scanlib.models import CHECKPOINTS, Normalize
+from scanlib.relevance_tap import RelevanceTap
 from tests.test_attention import TinyTransformer
 
 
@@ -483,6 +484,17 @@ def test_masks_by_relevance_weigh_each_place(vit, transformer):
             scores, gradient = (tokens[:, 1:].mT.unflatten(2, (8, 8)) for tokens in (scores, gradient))
         torch.testing.assert_close(scores, gradient * relevance[:, None])
     assert (relevance > 0).all()
+
+
+def test_masks_by_relevance_run_the_model_once(vit):
+    scanner = vit_scanner(vit, "encoder.layers.encoder_layer_4", mask_by="relevance").generate_decoder()
+    runs = []
+    with vit.register_forward_hook(lambda *_: runs.append(1)):
+        scanner.extract(torch.rand(2, 3, 64, 64) * 255)
+    assert len(runs) == 1
+    assert all(parameter.grad is None for parameter in vit.parameters())
+    with pytest.raises(RuntimeError, match="nothing captured"), RelevanceTap(vit, scanner.layer_name) as tap:
+        tap.gradient_and_relevance()
 
 
 def test_masks_by_relevance_at_a_finer_grid_than_attentions():
