@@ -156,7 +156,7 @@ class AblationCAM(_Perturbation):
     """Ablation-CAM (Desai, Ramaswamy 2020, Eq. 3): w_c = (y - y_c) / |y|, y_c the score with channel c zeroed at every place.
 
     The size of y is divided by, not y: else every weight turns round where the score is negative. Prefix tokens stay as they are.
-    batch_size: None takes as many versions of the features as fit 4 MB on the CPU, where larger batches are slower, 64 MB elsewhere.
+    batch_size: None takes as many versions of the features as fit 4 MB on the CPU, where more are slower, and 64 MB elsewhere.
     """
 
     def __init__(self, model, target_layer=None, preprocess=None, **options):
