@@ -187,12 +187,12 @@ def work(case: str, method: str, package: str) -> float:
     return peak_memory() - before
 
 
-def least_runs(case: str, method: str, model, layer: str, images: Tensor) -> tuple[Callable, float]:
-    """Runs of the model that no package can do without, as a call and how often it is due.
+def bare_runs(method: str, model, layer: str, images: Tensor) -> tuple[Callable, float]:
+    """The runs of the model that a method is made of, whole and in single precision, as a call and how often it is due.
 
-    One on the images; of Score-CAM and its family one for each channel and sample, in batches.
+    One on the images; of SmoothGrad-CAM++ one a sample; of Score-CAM's family one for each channel and sample, in batches.
     """
-    x, times = quick(images[: count_of(method)]), 1.0
+    x, times = quick(images[: count_of(method)]), 4.0 if method == "SmoothGradCAMPlusPlus" else 1.0
     if method.startswith(("ScoreCAM", "SSCAM", "ISCAM")):
         with FeatureTaps(model, [layer], graph=None) as taps:
             taps(x)
@@ -212,9 +212,9 @@ def row(case: str, method: str) -> str | None:
     functions = calls(case, method, model, layer, images)
     if len(functions) == 1:
         return None
-    runs, times = least_runs(case, method, model, layer, images)
+    runs, times = bare_runs(method, model, layer, images)
     seconds, results = quietly(partial(best_of, functions | {"runs": runs}))
-    least = times * seconds["runs"]
+    bare = times * seconds["runs"]
     peers = [name for name in functions if name != "scanlib"]
     agreement = []
     for name in peers:
@@ -224,7 +224,7 @@ def row(case: str, method: str) -> str | None:
     ours, fastest = seconds["scanlib"], min(seconds[name] for name in peers)
     cells = [NAMES[case], method, f"{1000 * ours:.1f}"]
     cells += [f"{1000 * seconds[name]:.0f}" if name in peers else "-" for name in ("torchcam", "grad-cam")]
-    cells += [f"**{fastest / ours:.2f}**", f"{fastest / least:.1f}", f"{ours / least:.1f}"]
+    cells += [f"**{fastest / ours:.2f}**", f"{fastest / bare:.1f}", f"{ours / bare:.1f}"]
     cells.append(", ".join(f"{name}: {text}" for name, text in zip(peers, agreement, strict=True)))
     return "| " + " | ".join(cells) + " |"
 
@@ -355,21 +355,22 @@ def main() -> None:
 `make bench`, {time.strftime("%Y-%m-%d")}, {machine}, {versions}, seed 0. Only the ratios mean anything: timings of a shared
 machine wander by two.
 
-Four images a call (one for Score-CAM's family, Ablation-CAM and the ten classes), 224 px but for the Signs CNN, random weights
-but for that. SS-CAM and IS-CAM with {SAMPLES} samples in all packages. `faster` is the quicker peer's time over ours. `at most`
-is what it would be if ours were nothing but the runs of the model that the method needs: one on the same images, without
-gradients; of Score-CAM's family one for each channel and sample. `runs` is our time over theirs, below 1 where what lies behind
-the layer is not run, or where bfloat16 does it. Agreement is the largest difference of the normalised maps; where they differ,
-`tests/test_cams_peers.py` shows why.
+Four images a call (one for Score-CAM's family, Ablation-CAM and the ten classes), 224 px but for the Signs CNN, random
+weights but for that. SS-CAM and IS-CAM with {SAMPLES} samples in all packages. `faster` is the quicker peer's time over ours.
+`by runs` is what it would be if ours were nothing but the method's runs of the whole model in single precision, without
+gradients: one on the same images, four of SmoothGrad-CAM++, of Score-CAM's family one for each channel and sample. `runs` is
+our time over theirs. Where it is below 1, what lies behind the layer is not run, bfloat16 runs it, or the machine was quicker
+just then. Agreement is the largest difference of the normalised maps; where they differ, `tests/test_cams_peers.py` shows
+why.
 
-| model | method | scanlib, ms | torchcam, ms | grad-cam, ms | faster | at most | runs | agreement |
+| model | method | scanlib, ms | torchcam, ms | grad-cam, ms | faster | by runs | runs | agreement |
 |---|---|---|---|---|---|---|---|---|
 {table}
 
 Asked were 1.3 x torchcam and 2.5 x grad-cam for Grad-CAM's family, 50 x for Ablation-CAM, 500 x for Eigen-CAM, 30 x for
 Full-Grad, 1.5 x for Score-CAM's family, 5 x for ten classes. What falls short of that, why, and what could be tried:
 
-- **Grad-CAM's family beside torchcam.** `at most` says it: torchcam takes hardly longer than one run of the model, and so do
+- **Grad-CAM's family beside torchcam.** `by runs` says it: torchcam takes hardly longer than one run of the model, and so do
   we. Only a quicker run would help; batch norms folded into convolutions gave 8 % of it on ResNet-18, not enough for what it
   would cost the reader.
 - **Score-CAM's family.** The runs are all there is to it, for everyone. Fewer bits help (`amp=True`); so would trying
@@ -390,17 +391,17 @@ Without the model: features of one image, `first_component` beside `get_2d_proje
 {components}
 
 ## Metrics
-Of given maps without ties, noise off; the difference is the largest of an image's figure (of the means, for torchcam). `at most`:
+Of given maps without ties, noise off; the difference is the largest of an image's figure (of the means, for torchcam). `by runs`:
 if ours were nothing but the runs of the model, removing and filling for nothing.
 
-| model | metric | scanlib, s | peer | its s | faster | at most | difference |
+| model | metric | scanlib, s | peer | its s | faster | by runs | difference |
 |---|---|---|---|---|---|---|---|
 {metrics}
 
-Asked were 1.5 x for deletion and 50 x for ROAD. Deletion is nothing but the runs of the model. ROAD would be `at most` so
-much quicker on a CPU even if filling in cost nothing; as it is, the filling takes half of our time, and waits for memory
-(nine steps of conjugate gradients on 50,000 pixels a picture). What could be tried is a GPU, which does both; the peer solves
-on the CPU always.
+Asked were 1.5 x for deletion and 50 x for ROAD. Deletion is nothing but the runs of the model. Of ROAD they leave no more
+than `by runs` on a CPU, even if filling in cost nothing; as it is, filling takes half of our time, and waits for memory (nine
+steps of conjugate gradients on 50,000 pixels a picture). What could be tried is a GPU, which does both; the peer solves on
+the CPU always.
 
 ## Peak memory
 MiB that the call adds to the peak of a process of its own, in which the bare model ran on the same images before; ResNet-18, four

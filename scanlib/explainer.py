@@ -94,16 +94,16 @@ def quick(inputs: Tensor) -> Tensor:
 
 
 def batch_of(images: Tensor, batch_size: int | None = None, model: nn.Module | None = None) -> int:
-    """Pictures (N, C, H, W) a run: ``batch_size``, or where it is None 64, on the CPU 32 and no more pixels than 16 pictures of
-    224 x 224 have: for larger features the system clears memory anew each time, and a picture takes up to twice as long.
+    """Pictures (N, C, H, W) a run: ``batch_size``, or where it is None up to 64, of no more pixels than 64 of 224 x 224.
 
+    On the CPU 32 and 16: for larger features the system clears memory anew each time, and a picture takes up to twice as long.
     model: if it may be on another device than the images. Raises ValueError for less than 1.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is too small; give 1 or more, or None")
     device = images.device if model is None else next(model.parameters(), images).device
-    most = min(32, 16 * 224**2 // math.prod(images.shape[2:])) if device.type == "cpu" else 64
-    return batch_size or max(1, most)
+    most, of_224 = (32, 16) if device.type == "cpu" else (64, 64)
+    return batch_size or max(1, min(most, of_224 * 224**2 // max(1, math.prod(images.shape[2:]))))
 
 
 def exact(x: Tensor) -> Tensor:

@@ -129,21 +129,25 @@ class FeatureTaps:
         image's output row (K,) to a scalar. Raises ValueError for a class out of range, a wrong count, or a score
         that does not depend on a layer at all (a side branch).
         """
-        return self._gradients(self.captured, [f"layer {name!r}" for name in self.names], target)
+        gradients = self._gradients(self.captured, target)
+        for name, gradient in zip(self.names, gradients, strict=True):
+            if gradient is None:
+                raise self._unread(name)
+        return gradients
 
-    def _gradients(self, tensors: Sequence[Tensor], names: Sequence[str], target: Target) -> list[Tensor]:
-        """``gradients`` at any tensors of the run's graph."""
+    def _gradients(self, tensors: Sequence[Tensor], target: Target) -> list[Tensor | None]:
+        """The score's gradient at any tensors of the run; None where it does not depend on one."""
         with torch.inference_mode(False), torch.enable_grad():
             score = target_scores(self.logits, target).sum()  # images are independent in eval mode: one backward for all
-            gradients = [None] * len(tensors)
-            if score.requires_grad:
-                gradients = torch.autograd.grad(score, tensors, retain_graph=True, create_graph=self.twice, allow_unused=True)
-        for name, gradient in zip(names, gradients, strict=True):
-            if gradient is None:
-                raise ValueError(
-                    f"the score does not depend on {name}; tap one on the way to the output, outside any no_grad of the model"
-                )
-        return list(gradients)
+            asked = [tensor for tensor in tensors if tensor.requires_grad] if score.requires_grad else []
+            options = {"retain_graph": True, "create_graph": self.twice, "allow_unused": True}
+            found = torch.autograd.grad(score, asked, **options) if asked else ()
+        by_tensor = dict(zip(map(id, asked), found, strict=True))
+        return [by_tensor.get(id(tensor)) for tensor in tensors]
+
+    def _unread(self, name: str) -> ValueError:
+        advice = "tap one on the way to the output, outside any no_grad of the model"
+        return ValueError(f"the score does not depend on layer {name!r}; {advice}")
 
 
 class FeatureTap(FeatureTaps):

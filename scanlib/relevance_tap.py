@@ -4,12 +4,13 @@ with RelevanceTap(model, "encoder.layers.encoder_layer_1") as tap:
     logits = tap(inputs)                                        # (B, 3, H, W), preprocessed -> (B, K)
     gradient, relevance = tap.gradient_and_relevance(target=3)  # as the layer's output; (B, h, w)
 
-``FeatureTap`` records what lies behind its layer only. Here every block's attention is kept, and the graph from the first on.
+``FeatureTap`` records what lies behind its layer only. Here every block's attention is kept, and the graph from the first on, of
+a model that is not frozen from its first weight on.
 """
 
 from torch import Tensor
 
-from scanlib.attention import AttentionWeights, attention_relevance, patches_of, read_by_head
+from scanlib.attention import AttentionWeights, NoAttention, attention_relevance, patches_of, read_by_head
 from scanlib.explainer import exact
 from scanlib.hooks import FeatureTap
 from scanlib.targets import Target
@@ -26,6 +27,7 @@ class RelevanceTap(FeatureTap):
         self.graph, self._weights, self._inputs = "whole", [], None
 
     def __call__(self, inputs: Tensor) -> Tensor:
+        self._weights = []
         with AttentionWeights() as recorder:
             logits = super().__call__(inputs)
         self._weights, self._inputs = recorder.checked(inputs, self.model), inputs
@@ -41,8 +43,13 @@ class RelevanceTap(FeatureTap):
 
     def gradient_and_relevance(self, target: Target = None) -> tuple[Tensor, Tensor]:
         """``gradient``, and relevance (B, h, w), not negative, float32 or better. target: as for ``FeatureTaps.gradients``."""
-        names = [f"layer {self.name!r}", *(f"attention {block + 1}" for block in range(len(self._weights)))]
-        gradient, *at_weights = self._gradients([*self.captured, *self._weights], names, target)
+        gradient, *at_weights = self._gradients([*self.captured, *self._weights], target)
+        if gradient is None:
+            raise self._unread(self.name)
+        if not at_weights or any(each is None for each in at_weights):
+            raise NoAttention(
+                f"the score of {type(self.model).__name__} has no gradient at all of its attention; take SCAN or a CAM"
+            )
         at_weights = [exact(each) for each in at_weights]
         pairs = attention_relevance([exact(block.detach()) for block in self._weights], at_weights)
         return gradient, patches_of(read_by_head(pairs, at_weights[-1]), self._inputs, self.model)

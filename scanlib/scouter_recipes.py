@@ -6,7 +6,7 @@ scouter = load_scouter("mnist.pt")                                  # as it was 
 
 Presets follow the commands of the released code (github.com/wbw520/scouter, README): AdamW 1e-4, a tenth of it every 70 epochs.
 Rows are not rescaled, as in the paper; rescale=True does as the code did. The two for Signs begin with open slots (bias=2),
-so that a map shows what the area term made of it, and not where the sigmoid began.
+so that an empty background is the area term's doing, and not half there before training.
 """
 
 import itertools
@@ -290,7 +290,8 @@ def finished(recipe: Recipe, path: str | Path) -> dict[str, float] | None:
     if not Path(path).is_file():
         return None
     saved = load_checkpoint(path)
-    return saved.get("figures") if isinstance(saved, dict) and saved.get("recipe") == asdict(recipe) else None
+    same = isinstance(saved, dict) and asdict(Recipe()) | saved.get("recipe", {}) == asdict(recipe)  # older ones lack new options
+    return saved.get("figures") if same else None
 
 
 def load_scouter(path: str | Path) -> Scouter:

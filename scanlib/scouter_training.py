@@ -18,7 +18,7 @@ from scanlib.slot_attention import Slots
 
 
 def scouter_loss(logits: Tensor, attention: Tensor, labels: Tensor, lam: float = 1.0, power: float = 2.0) -> Tensor:
-    """Cross-entropy + lam * (mean attention) ^ power (paper, Eqs. 7 and 8). The area term makes the explanation: without it
+    """Cross-entropy + lam * (mean attention) ^ power (paper, Eqs. 7 and 8). The area term makes the map legible: without it
     nothing keeps the slots from looking everywhere."""
     return F.cross_entropy(logits, labels) + lam * attention.mean() ** power
 

@@ -31,7 +31,7 @@ class XSlotAttention(nn.Module):
         rescale: every row of scores scaled to the sum of all, as in the released code and not in the paper. It couples every
             class to every other.
         bias: added to every score before the sigmoid. At 0, as in the paper, a slot begins by looking half at everything; at 2,
-            by looking .88 at it, and what the area term does not make it leave out stays in.
+            by looking .88 at it, and without an area term it goes on looking at most.
 
     Slots are drawn once from a normal distribution and learned.
     """

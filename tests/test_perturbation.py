@@ -67,7 +67,7 @@ def test_ss_cam():
     maps = scanlib.SSCAM(model, "layer", samples=3, seed=7)(x, target=1, normalize=False)
     np.testing.assert_allclose(maps[0].numpy(), relu(np.tensordot(expected, A[0], 1)), rtol=1e-7, atol=1e-12)
     small = scanlib.SSCAM(model, "layer", samples=3, seed=7, batch_size=2)(x, target=1, normalize=False)
-    torch.testing.assert_close(small, maps)  # however the noise is drawn in pieces
+    torch.testing.assert_close(small, maps)  # the same noise, drawn in pieces
 
 
 def test_is_cam():

@@ -81,9 +81,9 @@ def test_pictures_a_run():
     many, model = torch.rand(100, 1, 2, 2), torch.nn.Linear(1, 1)
     assert [batch_of(torch.rand(1, 3, side, side)) for side in (64, 224, 448, 2000)] == [32, 16, 4, 1]
     assert batch_of(many) == batch_of(many, model=model) == 32 and batch_of(many, 500) == 500
-    assert (
-        batch_of(torch.rand(1, 3, 448, 448, device="meta")) == 64 == batch_of(torch.rand(1, 3, 448, 448), None, model.to("meta"))
-    )
+    assert [batch_of(torch.empty(1, 3, side, side, device="meta")) for side in (64, 448, 1792)] == [64, 16, 1]
+    assert batch_of(torch.rand(1, 3, 448, 448), model=model.to("meta")) == 16
+    assert batch_of(torch.empty(2, 3, 9, 0), 1) == 1
     with pytest.raises(ValueError, match="batch_size 0 is too small"):
         removal_curves(lambda x, i: x.mean((1, 2, 3)), many, many[:, 0], batch_size=0)
 

@@ -497,6 +497,26 @@ def test_masks_by_relevance_run_the_model_once(vit):
         tap.gradient_and_relevance()
 
 
+class Beside(nn.Module):
+    """A CNN with a transformer at its side, which the score does not ask."""
+
+    def __init__(self, graph: bool):
+        super().__init__()
+        self.graph, self.front, self.head = graph, nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(4, 5)
+        self.side = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5)
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.graph and torch.is_grad_enabled()):
+            self.seen = self.side(x)
+        return self.head(self.front(x).square().mean((2, 3)))
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_masks_by_relevance_need_attention_that_the_score_asks(graph):
+    with pytest.raises(ValueError, match="mask_by 'relevance' needs attention over the whole picture"):
+        scanner_for(Beside(graph).eval(), "front", mask_by="relevance").generate_decoder()
+
+
 def test_masks_by_relevance_at_a_finer_grid_than_attentions():
     torch.manual_seed(0)
     vit = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 32, num_classes=5)

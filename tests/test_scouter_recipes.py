@@ -1,5 +1,5 @@
 import struct
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -8,11 +8,23 @@ from PIL import Image
 
 import scanlib.scouter_recipes as recipes
 from scanlib import Signs
+from scanlib.checkpoint import save_checkpoint
 from scanlib.cli import main
 from scanlib.localisation import energy_inside
 from scanlib.models import CHECKPOINTS
 from scanlib.scouter import Scouter
-from scanlib.scouter_recipes import FROM_BASE, PRESETS, Augmented, Recipe, build, load_scouter, load_trained, sweep, train
+from scanlib.scouter_recipes import (
+    FROM_BASE,
+    PRESETS,
+    Augmented,
+    Recipe,
+    build,
+    finished,
+    load_scouter,
+    load_trained,
+    sweep,
+    train,
+)
 
 SMALL = {"image_size": 64, "batch_size": 16, "epochs": 1, "weights": None}
 
@@ -203,6 +215,13 @@ def test_bad_recipes():
 # --- the command line ---
 
 
+def test_what_is_done_stays_done_when_an_option_is_added(tmp_path):
+    before = {name: value for name, value in asdict(Recipe()).items() if name != "bias"}
+    save_checkpoint({"recipe": before, "figures": {"loss": 1.0}}, tmp_path / "old.pt")
+    assert finished(Recipe(), tmp_path / "old.pt") == {"loss": 1.0}
+    assert finished(Recipe(bias=2), tmp_path / "old.pt") is None
+
+
 def test_train_and_explain_on_the_command_line(tmp_path, monkeypatch, capsys):
     out = tmp_path / "s.pt"
     main(f"train scouter --preset signs-negative --epochs 1 --scenes 60 --lam 0,10 --slots 1,2 --seed 3 --out {out}".split())
@@ -266,6 +285,7 @@ def test_a_cam_of_the_base(trees, tmp_path, capsys):
 @pytest.mark.parametrize("head", ["positive", "negative"])
 def test_shipped_scouters_score_on_fresh_scenes(head):
     scouter = load_scouter(CHECKPOINTS / f"signs_scouter_{head}.pt")
+    assert scouter.slot_attention.bias == PRESETS[f"signs-{head}"].bias == 2
     images, labels, masks = map(list, zip(*Signs(200, seed=7, masks=True), strict=True))
     images, labels, masks = torch.stack(images), torch.tensor(labels), torch.stack(masks)
     with torch.no_grad():
