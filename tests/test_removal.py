@@ -84,6 +84,9 @@ def test_pictures_a_run():
     assert [batch_of(torch.empty(1, 3, side, side, device="meta")) for side in (64, 448, 1792)] == [64, 16, 1]
     assert batch_of(torch.rand(1, 3, 448, 448), model=model.to("meta")) == 16
     assert batch_of(torch.empty(2, 3, 9, 0), 1) == 1
+    seen, pictures = [], torch.rand(5, 3, 64, 64)
+    removal_curves(lambda x, i: seen.append(len(x)) or x.mean((1, 2, 3)), pictures, pictures[:, 0], steps=10)
+    assert seen == [32, 32, 32, 4]  # five pictures, twenty states
     with pytest.raises(ValueError, match="batch_size 0 is too small"):
         removal_curves(lambda x, i: x.mean((1, 2, 3)), many, many[:, 0], batch_size=0)
 

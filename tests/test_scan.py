@@ -490,8 +490,8 @@ def test_masks_by_relevance_run_the_model_once(vit):
     scanner = vit_scanner(vit, "encoder.layers.encoder_layer_4", mask_by="relevance").generate_decoder()
     runs = []
     with vit.register_forward_hook(lambda *_: runs.append(1)):
-        scanner.extract(torch.rand(2, 3, 64, 64) * 255)
-    assert len(runs) == 1
+        extracted = scanner.extract(torch.rand(2, 3, 64, 64) * 255)
+    assert len(runs) == 1 and not any(each.requires_grad for each in extracted)  # no graph is dragged along
     assert all(parameter.grad is None for parameter in vit.parameters())
     with pytest.raises(RuntimeError, match="nothing captured"), RelevanceTap(vit, scanner.layer_name) as tap:
         tap.gradient_and_relevance()
