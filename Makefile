@@ -45,7 +45,7 @@ links: .venv/installed               ## rewrite every badge and link after the a
 
 browser: .venv/installed-test        ## the explorer in JupyterLab and Voila, driven in a Chromium that you have; screenshots in out/
 	$(BIN)/python -m pip install --quiet --editable ".[browser]"
-	SCANLIB_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py -rs
+	SCANLIB_BROWSER=1 $(BIN)/python -m pytest tests/explorer/test_browser.py -rs
 
 clean:
 	$(PYTHON) -c "import shutil; [shutil.rmtree(d, True) for d in ('.venv', 'out', 'build', '.pytest_cache', '.ruff_cache')]"

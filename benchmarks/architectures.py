@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from scanlib import SCAN, FeatureTap
-from scanlib.models import Normalize, default_layer
+from scanlib.layers import find_default_layer
+from scanlib.models import Normalize
 
 TORCHVISION = """
 alexnet vgg11 vgg13_bn vgg16 vgg19_bn squeezenet1_0 squeezenet1_1 resnet18 resnet34 resnet50 resnet101 resnext50_32x4d
@@ -72,7 +73,7 @@ def row(name: str) -> tuple[str, ...]:
             if isinstance(module, nn.Linear) and not module.weight.any():
                 nn.init.normal_(module.weight, std=0.02)
         images = torch.rand(2, 3, size, size) * 255
-        layer = default_layer(model.eval(), size)
+        layer = find_default_layer(model.eval(), size)
         with FeatureTap(model, layer) as tap:
             tap(Normalize()(images))
             gradient = tap.gradient([1, 2])

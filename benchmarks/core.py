@@ -23,10 +23,10 @@ import torch
 import torchvision
 from torch.utils.data import DataLoader, Dataset
 
-from scanlib import SCAN, Signs, load_target
+from scanlib import SCAN, Signs, load_classifier
 from scanlib.decoders import PUBLISHED_WIDTHS
 from scanlib.hooks import FeatureTap, resolve_layer
-from scanlib.metrics import centre_maps, class_score, evaluate, random_maps
+from scanlib.metrics import build_class_score, evaluate_maps, make_centre_maps, make_random_maps
 from scanlib.models import Normalize
 
 PUBLISHED = {"ch_per_lv": list(PUBLISHED_WIDTHS), "output_stride": 1, "upsampling": "transposed", "depth": 4}
@@ -36,7 +36,7 @@ BATCH = 16
 def scene(case: str):
     """(model, layer, preprocess, image size) of a case."""
     if case == "cnn64":
-        target = load_target("signs_cnn")
+        target = load_classifier("signs_cnn")
         return target.model, "layer4", target.preprocess, 64
     torch.manual_seed(0)
     if case == "resnet50":
@@ -172,25 +172,25 @@ def quality_table(images: int, scenes: int) -> str:
     data = list(Signs(images))
     fresh, _, masks = map(list, zip(*Signs(scenes, seed=1, masks=True), strict=True))
     fresh, masks = torch.stack(fresh), torch.stack(masks)
-    target = load_target("signs_cnn")
+    target = load_classifier("signs_cnn")
     with torch.no_grad():
         classes = target.model(target.preprocess(fresh)).argmax(1)
-    score = class_score(target.model, target.preprocess, classes)
+    score = build_class_score(target.model, target.preprocess, classes)
     lines = [
         "| map | epochs | seconds | energy inside | peak inside | IoU | deletion (low) | insertion (high) |",
         "|---" * 8 + "|",
     ]
 
     def add(name, epochs, seconds, maps):
-        figures = " | ".join(f"{figure:.3f}" for figure in evaluate(maps, masks, fresh, score).values())
+        figures = " | ".join(f"{figure:.3f}" for figure in evaluate_maps(maps, masks, fresh, score).values())
         lines.append(f"| {name} | {epochs} | {seconds} | {figures} |")
         print(lines[-1], flush=True)
 
     for name, train, epochs in (("straightforward", straightforward, 2), ("ours", partial(ours, decoder={}), 4)):
         scanner, seconds = train("cnn64", data, epochs)
         add(name, epochs, round(seconds * epochs), scanner.explain(fresh, classes))
-    add("random", "-", "-", random_maps(scenes, (64, 64)))
-    add("centre prior", "-", "-", centre_maps(scenes, (64, 64)))
+    add("random", "-", "-", make_random_maps(scenes, (64, 64)))
+    add("centre prior", "-", "-", make_centre_maps(scenes, (64, 64)))
     return "\n".join(lines)
 
 

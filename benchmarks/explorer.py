@@ -11,25 +11,25 @@ from pathlib import Path
 
 import torch
 
-from scanlib import SCAN, AttentionRelevance, GradCAM, LayerCAM, Signs, load_target
-from scanlib.explorer import Explorable, View
+from scanlib import SCAN, AttentionRelevance, GradCAM, LayerCAM, Signs, load_classifier
+from scanlib.explorer import MapRenderer, View
+from scanlib.explorer.widgets import encode_png
 from scanlib.models import CHECKPOINTS
-from scanlib.widgets import png
 
 
-def signs() -> tuple[Explorable, list[str]]:
-    target = load_target("signs_cnn")
+def signs() -> tuple[MapRenderer, list[str]]:
+    target = load_classifier("signs_cnn")
     images = torch.stack([image for image, _ in Signs(6, seed=3)])
     scanner = SCAN(target.model, "layer4", (64, 64), device="cpu").set_preprocess(target.preprocess)
     scanner.load_decoder(CHECKPOINTS / "signs_cnn_decoder.pt")
     explainers = {"SCAN": {"layer4": scanner}, "Grad-CAM": GradCAM, "Layer-CAM": LayerCAM}
     layers = ["layer4", "layer3", "layer2"]
-    return Explorable(target.model, images, explainers, preprocess=target.preprocess, layers=layers), layers
+    return MapRenderer(target.model, images, explainers, preprocess=target.preprocess, layers=layers), layers
 
 
-def vit_tiny() -> tuple[Explorable, list[str]]:
+def vit_tiny() -> tuple[MapRenderer, list[str]]:
     torch.manual_seed(0)
-    target = load_target("vit_tiny", None)
+    target = load_classifier("vit_tiny", None)
     images = torch.stack([image for image, _ in Signs(4, 224, seed=3)])
     layers, scans = [f"encoder.layers.encoder_layer_{block}" for block in (5, 8)], {}
     for layer in layers:
@@ -38,10 +38,10 @@ def vit_tiny() -> tuple[Explorable, list[str]]:
         scans[layer] = scanner
     relevance = AttentionRelevance(target.model, preprocess=target.preprocess)
     explainers = {"SCAN": scans, "Layer-CAM": LayerCAM, "relevance": relevance}
-    return Explorable(target.model, images, explainers, preprocess=target.preprocess, layers=layers), layers
+    return MapRenderer(target.model, images, explainers, preprocess=target.preprocess, layers=layers), layers
 
 
-def measured(scene: Explorable, layers: list[str]) -> dict[str, list[float]]:
+def measured(scene: MapRenderer, layers: list[str]) -> dict[str, list[float]]:
     """Milliseconds of each change, by its kind. Every view is new, so nothing is answered from memory that a user's would not."""
     pictures = range(len(scene.images))
     scene.render(View())
@@ -59,7 +59,7 @@ def measured(scene: Explorable, layers: list[str]) -> dict[str, list[float]]:
         found[kind] = []
         for view in views:
             start = time.perf_counter()
-            png(scene.render(View(**view)))
+            encode_png(scene.render(View(**view)))
             found[kind].append(1e3 * (time.perf_counter() - start))
     return found
 

@@ -36,10 +36,13 @@ from torch import Tensor  # noqa: E402
 
 import scanlib  # noqa: E402
 import scanlib.metrics  # noqa: E402
-from scanlib.explainer import batch_of, quick  # noqa: E402
+from scanlib.explainers.base import (  # noqa: E402
+    choose_batch_size,
+    normalize_map,
+    to_channels_last,
+)
 from scanlib.hooks import FeatureTaps  # noqa: E402
-from scanlib.maps import stretched  # noqa: E402
-from scanlib.metrics import class_score  # noqa: E402
+from scanlib.metrics import build_class_score  # noqa: E402
 
 WITH_GRADIENT = ("GradCAM", "GradCAMPlusPlus", "XGradCAM", "LayerCAM", "HiResCAM", "GradCAMElementWise")
 OTHERS = ("EigenCAM", "EigenGradCAM", "KPCACAM", "FEM", "ShapleyCAM", "SmoothGradCAMPlusPlus", "FullGrad")
@@ -68,7 +71,7 @@ def scene(case: str):
     """(model, layer, images as the model takes them): eight of them, seeded."""
     torch.manual_seed(0)
     if case == "cnn64":
-        target = scanlib.load_target("signs_cnn")
+        target = scanlib.load_classifier("signs_cnn")
         scenes = torch.stack([image for image, _ in scanlib.Signs(8)])
         return target.model, "layer4", target.preprocess(scenes)
     images = torch.randn(8, 3, 224, 224)
@@ -127,7 +130,7 @@ def calls_of(package: str, case: str, method: str, model, layer: str, x: Tensor,
             with kind(model, layer, **options) as extractor:
                 scores = model(x.clone().requires_grad_())
                 maps = extractor(classes, scores, normalized=True)[0]
-            return stretched(maps.detach(), x.shape[2:])
+            return normalize_map(maps.detach(), x.shape[2:])
 
         return call
     kind = getattr(pytorch_grad_cam, IN_GRAD_CAM.get(method, method), None)
@@ -192,12 +195,12 @@ def bare_runs(method: str, model, layer: str, images: Tensor) -> tuple[Callable,
 
     One on the images; of SmoothGrad-CAM++ one a sample; of Score-CAM's family one for each channel and sample, in batches.
     """
-    x, times = quick(images[: count_of(method)]), 4.0 if method == "SmoothGradCAMPlusPlus" else 1.0
+    x, times = to_channels_last(images[: count_of(method)]), 4.0 if method == "SmoothGradCAMPlusPlus" else 1.0
     if method.startswith(("ScoreCAM", "SSCAM", "ISCAM")):
         with FeatureTaps(model, [layer], graph=None) as taps:
             taps(x)
             runs = taps.layouts[0].to_maps(taps.features[0]).shape[1] * (1 if method.startswith("Score") else SAMPLES)
-        x = quick(x.expand(batch_of(x), -1, -1, -1))
+        x = to_channels_last(x.expand(choose_batch_size(x), -1, -1, -1))
         times = runs / len(x)
 
     def run():
@@ -256,7 +259,7 @@ def component_row(channels: int, side: int) -> str:
 def metric_row(name: str, peer: str, case: str, images: Tensor, ours: Callable, theirs: Callable, model, runs: int) -> str:
     """One call of each, once the model has run; and ``runs`` bare runs of the model on all images."""
     with torch.no_grad():
-        batches = quick(images).split(batch_of(images))
+        batches = to_channels_last(images).split(choose_batch_size(images))
         model(batches[0])
         began = time.perf_counter()
         for _ in range(runs):
@@ -298,19 +301,19 @@ def metric_rows() -> list[str]:
     for case, model in models.items():
         with torch.no_grad():
             classes = model(images).argmax(1)
-        score = class_score(model, lambda x: x, classes)
+        score = build_class_score(model, lambda x: x, classes)
         targets = [ClassifierOutputSoftmaxTarget(int(k)) for k in classes]
 
         def ours(score=score):
-            morf, lerf = scanlib.metrics.road(score, images, maps, noise=0)
+            morf, lerf = scanlib.metrics.compute_road(score, images, maps, noise=0)
             return (lerf - morf).mean(1) / 2
 
         def theirs(model=model, targets=targets):
             return torch.from_numpy(road_module.ROADCombined()(images, maps.numpy(), targets, model))
 
         def curves(score=score):
-            found = scanlib.metrics.removal_curves(score, images, maps, steps=16, fill=scanlib.metrics.black)
-            return torch.stack([scanlib.metrics.auc(each).mean() for each in found])
+            found = scanlib.metrics.compute_removal_curves(score, images, maps, steps=16, fill=scanlib.metrics.fill_black)
+            return torch.stack([scanlib.metrics.compute_auc(each).mean() for each in found])
 
         def curves_theirs(model=model):
             metric = torchcam.metrics.DeletionInsertionMetric(GivenMaps(model, maps), lambda logits: logits.softmax(-1), steps=16)

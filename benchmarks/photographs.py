@@ -35,22 +35,31 @@ from tqdm.auto import tqdm
 
 import scanlib
 from scanlib import SCAN
-from scanlib.checkpoint import load_checkpoint, save_checkpoint
-from scanlib.comparison_table import Comparison
 from scanlib.data import read_image
-from scanlib.localisation import box_masks, energy_inside
-from scanlib.metrics import centre_maps, random_maps
+from scanlib.metrics import (
+    Comparison,
+    ScoreFunction,
+    build_class_score,
+    compute_auc,
+    compute_energy_inside,
+    compute_removal_curves,
+    fill_blur,
+    fill_imputed,
+    fill_mean,
+    make_box_masks,
+    make_centre_maps,
+    make_random_maps,
+)
 from scanlib.models import Normalize
-from scanlib.removal import Score, auc, blurred, class_score, mean_colour, removal_curves
-from scanlib.road import imputed
 from scanlib.targets import against_others
+from scanlib.training import load_checkpoint, save_checkpoint
 
 SIZE = 224
 MEASURES = {  # deletion and insertion: on which view of the pictures, and what stands where something was removed
-    "blur": ("whole", blurred),
-    "mean": ("whole", mean_colour),
-    "road": ("whole", imputed),
-    "corner": ("corner", blurred),
+    "blur": ("whole", fill_blur),
+    "mean": ("whole", fill_mean),
+    "road": ("whole", fill_imputed),
+    "corner": ("corner", fill_blur),
 }
 RIVALS = {  # a method, where it reads ("" leaves that to the method), and what it explains: "" the logit, or "log p"
     "squeezenet1_1": (("GradCAM", "", ""), ("LayerCAM", "", ""), ("GradCAM", "", "log p"), ("LayerCAM", "", "log p")),
@@ -130,7 +139,7 @@ class View(NamedTuple):
 
     images: Tensor
     classes: Tensor
-    score: Score
+    score: ScoreFunction
     boxed: Tensor
     boxed_classes: Tensor
     masks: Tensor
@@ -175,8 +184,8 @@ class Bench:
     def view(self, images: Tensor, boxed: Tensor, boxes: Tensor) -> View:
         seen = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         images, boxed, classes = images.float(), boxed[seen], self.predicted(images)
-        score = class_score(self.model, self.preprocess, classes)
-        return View(images, classes, score, boxed, self.predicted(boxed), box_masks(boxes[seen], (SIZE, SIZE)))
+        score = build_class_score(self.model, self.preprocess, classes)
+        return View(images, classes, score, boxed, self.predicted(boxed), make_box_masks(boxes[seen], (SIZE, SIZE)))
 
     @torch.no_grad()
     def predicted(self, images: Tensor) -> Tensor:
@@ -226,11 +235,11 @@ class Bench:
             if missing:
                 maps = maps_of(explain, view.images, view.classes)
             for measure in missing:
-                curves = removal_curves(view.score, view.images, maps, steps=9, patch=16, fill=MEASURES[measure][1])
+                curves = compute_removal_curves(view.score, view.images, maps, steps=9, patch=16, fill=MEASURES[measure][1])
                 for way, curve in zip(("deletion", "insertion"), curves, strict=True):
-                    found[f"{way}, {measure}"] = auc(curve)
+                    found[f"{way}, {measure}"] = compute_auc(curve)
             if wanted and f"energy, {name}" not in found:
-                found[f"energy, {name}"] = energy_inside(maps_of(explain, view.boxed, view.boxed_classes), view.masks)
+                found[f"energy, {name}"] = compute_energy_inside(maps_of(explain, view.boxed, view.boxed_classes), view.masks)
             save_checkpoint(found, file)
         return found
 
@@ -242,7 +251,7 @@ def scored(explain, score: str):
 
 def centre_times(explain, images: Tensor, classes) -> Tensor:
     """As SCAN weighs evidence, with a bump that knows nothing in SCAN's place."""
-    bump = centre_maps(len(images), (SIZE, SIZE))
+    bump = make_centre_maps(len(images), (SIZE, SIZE))
     return explain(images, classes) * (1 + bump / bump.mean((1, 2), keepdim=True))
 
 
@@ -258,7 +267,10 @@ def table(bench: Bench, settings: list[Setting], wanted) -> Comparison:
     """Every row of a network: baselines, rivals, each setting in each way, its seeds averaged."""
     count = itertools.count()
     size = (SIZE, SIZE)
-    rows = {"random": lambda x, k: random_maps(len(x), size, next(count)), "centre prior": lambda x, k: centre_maps(len(x), size)}
+    rows = {
+        "random": lambda x, k: make_random_maps(len(x), size, next(count)),
+        "centre prior": lambda x, k: make_centre_maps(len(x), size),
+    }
     for name, layer, score in RIVALS[bench.name]:
         rows[called(f"{name} {layer}".strip(), score)] = scored(bench.explainer(name, layer), score)
     for evidence, score in dict.fromkeys(way[1:] for setting in settings for way in setting.at if way[1]):

@@ -21,9 +21,7 @@ from photographs import SIZE, Bench, Setting, View, add_folders, maps_of
 from torch import Tensor
 from tqdm import tqdm
 
-from scanlib.comparison_table import Comparison
-from scanlib.metrics import centre_maps, random_maps
-from scanlib.removal import auc, blurred, removal_curves
+from scanlib.metrics import Comparison, compute_auc, compute_removal_curves, fill_blur, make_centre_maps, make_random_maps
 
 NETWORK, RIVAL = "vit_tiny_patch16_224", "AttentionRelevance"
 SETTING, PERCENTILES, PATCH = Setting(NETWORK), (80, 90, 95, 98), 16
@@ -37,7 +35,7 @@ def occlusion(view: View) -> Tensor:
     falls = []
     for number, image in enumerate(tqdm(view.images, "occlusion")):
         index = torch.tensor([number])
-        pictures = torch.where(holes, blurred(image[None]), image)
+        pictures = torch.where(holes, fill_blur(image[None]), image)
         scores = torch.cat([view.score(some, index.expand(len(some))) for some in pictures.split(49)])
         falls.append((view.score(image[None], index) - scores).view(side, side))
     return torch.stack(falls)
@@ -57,8 +55,8 @@ def oracle_masked(scanner, view: View, falls: Tensor) -> Tensor:
 def rows(bench: Bench) -> Iterator[tuple[str, Tensor]]:
     """A name and the maps of the photographs, one after the other."""
     view = bench.views["whole"]
-    yield "random", random_maps(len(view.images), (SIZE, SIZE))
-    yield "centre prior", centre_maps(len(view.images), (SIZE, SIZE))
+    yield "random", make_random_maps(len(view.images), (SIZE, SIZE))
+    yield "centre prior", make_centre_maps(len(view.images), (SIZE, SIZE))
     yield RIVAL, maps_of(bench.explainer(RIVAL), view.images, view.classes)
     falls = occlusion(view)
     yield "the oracle", falls.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
@@ -80,8 +78,8 @@ def main() -> None:
         f"± is half the bootstrap 95 % interval over the pictures; {date.today()}, torch {torch.__version__}"
     )
     for row, maps in rows(bench):
-        curves = removal_curves(view.score, view.images, maps, steps=9, patch=PATCH, fill=blurred)
-        found.values[row] = dict(zip(found.better, map(auc, curves), strict=True))
+        curves = compute_removal_curves(view.score, view.images, maps, steps=9, patch=PATCH, fill=fill_blur)
+        found.values[row] = dict(zip(found.better, map(compute_auc, curves), strict=True))
         print(row, {key: round(float(value.mean()), 3) for key, value in found.values[row].items()}, flush=True)
     print(f"\n{found}")
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scanlib import SCAN, Signs, SmallResNet, Trainer, load_target, small_vit
-from scanlib.checkpoint import save_checkpoint
+from scanlib import SCAN, Signs, SmallResNet, Trainer, build_small_vit, load_classifier
 from scanlib.models import CHECKPOINTS, Normalize
-from scanlib.scouter_recipes import PRESETS, save_trained, train
-from scanlib.trainer import Accuracy, classifier_step
+from scanlib.scouter.recipes import PRESETS, save_trained, train_recipe
+from scanlib.trainer import Accuracy, build_classifier_step
+from scanlib.training import save_checkpoint
 
 
 def in_memory(scenes: Signs) -> TensorDataset:
@@ -29,7 +29,7 @@ def train_classifier(name: str, model: nn.Module, scenes: int, epochs: int, lear
     loader = DataLoader(in_memory(Signs(scenes)), batch_size=64, shuffle=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, epochs * len(loader))
-    plain = classifier_step(model, Normalize())
+    plain = build_classifier_step(model, Normalize())
 
     def step(batch, training):
         images, labels = batch
@@ -50,14 +50,14 @@ def train_signs_cnn() -> None:
 
 def train_signs_vit() -> None:
     torch.manual_seed(0)
-    train_classifier("signs_vit", small_vit(), 10_000, 9, 1e-3, mirror=True)
+    train_classifier("signs_vit", build_small_vit(), 10_000, 9, 1e-3, mirror=True)
 
 
 def train_decoder(
     name: str, alpha: float, epochs: int, batch_size: int, learning_rate: float, percentiles, mask_by: str = "gradient", **decoder
 ) -> None:
     torch.manual_seed(0)
-    target = load_target(name)
+    target = load_classifier(name)
     loader = DataLoader(in_memory(Signs(3000)), batch_size=batch_size, shuffle=True)
     scanner = SCAN(target.model, target.layer, target.image_size, device="cpu", mask_by=mask_by)
     scanner.set_preprocess(target.preprocess).set_dataset(loader, use_augmentation=percentiles).generate_decoder(**decoder)
@@ -71,7 +71,7 @@ def train_decoder(
 
 def train_scouter(head: str) -> None:
     path, recipe = CHECKPOINTS / f"signs_scouter_{head}.pt", PRESETS[f"signs-{head}"]
-    model, history = train(recipe, path, "cpu")
+    model, history = train_recipe(recipe, path, "cpu")
     save_trained(model, recipe, Signs.classes, path, {name: values[-1] for name, values in history.items()}, half=True)
 
 

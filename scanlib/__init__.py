@@ -1,99 +1,61 @@
 """scanlib: learn to see what a vision model saw.
 
-Images go in, a frozen classifier is tapped at one layer, an explainer turns what flowed there into a heat map.
+Images go in, a frozen classifier is tapped at one layer, and an explainer turns its features into a heat map.
 """
 
-from scanlib.attention import AttentionRelevance, AttentionRollout, LeGrad
-from scanlib.cams import (
-    CAM,
-    FEM,
-    KPCACAM,
-    EigenCAM,
-    EigenGradCAM,
-    FinerCAM,
-    GradCAM,
-    GradCAMElementWise,
-    GradCAMPlusPlus,
-    HiResCAM,
-    LayerCAM,
-    RefineCAM,
-    SegEigenCAM,
-    ShapleyCAM,
-    SmoothGradCAMPlusPlus,
-    XGradCAM,
+from scanlib.data import PhotoFolder as PhotoFolder, Signs as Signs, read_image as read_image
+from scanlib.decoders import (
+    ConvolutionalDecoder as ConvolutionalDecoder,
+    ResidualModule as ResidualModule,
+    TransformerBlock as TransformerBlock,
+    TransformerDecoder as TransformerDecoder,
 )
-from scanlib.comparison import Comparison, compare
-from scanlib.data import PhotoFolder, Signs, read_image
-from scanlib.decoders import ConvolutionalDecoder, ResidualModule, TransformerBlock, TransformerDecoder
-from scanlib.factorization import DeepFeatureFactorization
-from scanlib.formulas import grad_cam, layer_cam
-from scanlib.fullgrad import FullGrad
-from scanlib.hooks import FeatureTap, FeatureTaps
-from scanlib.layers import Layout, resolve_layer
-from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, self_confidence
-from scanlib.models import SmallResNet, load_target, small_vit
-from scanlib.perturbation import ISCAM, SSCAM, AblationCAM, ScoreCAM
-from scanlib.scan import SCAN
-from scanlib.scouter import Scouter
-from scanlib.scouter_recipes import load_scouter
-from scanlib.scouter_training import scouter_loss
-from scanlib.slot_attention import XSlotAttention
-from scanlib.trainer import Trainer
+from scanlib.explainers import (
+    CAM as CAM,
+    FEM as FEM,
+    ISCAM as ISCAM,
+    KPCACAM as KPCACAM,
+    SSCAM as SSCAM,
+    AblationCAM as AblationCAM,
+    AttentionRelevance as AttentionRelevance,
+    AttentionRollout as AttentionRollout,
+    DeepFeatureFactorization as DeepFeatureFactorization,
+    EigenCAM as EigenCAM,
+    EigenGradCAM as EigenGradCAM,
+    FinerCAM as FinerCAM,
+    FullGrad as FullGrad,
+    GradCAM as GradCAM,
+    GradCAMElementWise as GradCAMElementWise,
+    GradCAMPlusPlus as GradCAMPlusPlus,
+    HiResCAM as HiResCAM,
+    LayerCAM as LayerCAM,
+    LeGrad as LeGrad,
+    RefineCAM as RefineCAM,
+    ScoreCAM as ScoreCAM,
+    SegEigenCAM as SegEigenCAM,
+    ShapleyCAM as ShapleyCAM,
+    SmoothGradCAMPlusPlus as SmoothGradCAMPlusPlus,
+    XGradCAM as XGradCAM,
+    grad_cam as grad_cam,
+    layer_cam as layer_cam,
+)
+from scanlib.hooks import FeatureTap as FeatureTap, FeatureTaps as FeatureTaps
+from scanlib.layers import Layout as Layout, resolve_layer as resolve_layer
+from scanlib.loss import (
+    ConfidentMAE as ConfidentMAE,
+    NonConfidentMAE as NonConfidentMAE,
+    SelfConfidenceLoss as SelfConfidenceLoss,
+    compute_confidence as compute_confidence,
+)
+from scanlib.metrics import Comparison as Comparison, compare as compare
+from scanlib.models import SmallResNet as SmallResNet, build_small_vit as build_small_vit, load_classifier as load_classifier
+from scanlib.scan import SCAN as SCAN
+from scanlib.scouter import (
+    Scouter as Scouter,
+    XSlotAttention as XSlotAttention,
+    compute_scouter_loss as compute_scouter_loss,
+    load_scouter as load_scouter,
+)
+from scanlib.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "CAM",
-    "FEM",
-    "ISCAM",
-    "KPCACAM",
-    "SCAN",
-    "SSCAM",
-    "AblationCAM",
-    "AttentionRelevance",
-    "AttentionRollout",
-    "Comparison",
-    "ConfidentMAE",
-    "ConvolutionalDecoder",
-    "DeepFeatureFactorization",
-    "EigenCAM",
-    "EigenGradCAM",
-    "FeatureTap",
-    "FeatureTaps",
-    "FinerCAM",
-    "FullGrad",
-    "GradCAM",
-    "GradCAMElementWise",
-    "GradCAMPlusPlus",
-    "HiResCAM",
-    "LayerCAM",
-    "Layout",
-    "LeGrad",
-    "NonConfidentMAE",
-    "PhotoFolder",
-    "RefineCAM",
-    "ResidualModule",
-    "ScoreCAM",
-    "Scouter",
-    "SegEigenCAM",
-    "SelfConfidenceLoss",
-    "ShapleyCAM",
-    "Signs",
-    "SmallResNet",
-    "SmoothGradCAMPlusPlus",
-    "Trainer",
-    "TransformerBlock",
-    "TransformerDecoder",
-    "XGradCAM",
-    "XSlotAttention",
-    "compare",
-    "grad_cam",
-    "layer_cam",
-    "load_scouter",
-    "load_target",
-    "read_image",
-    "resolve_layer",
-    "scouter_loss",
-    "self_confidence",
-    "small_vit",
-]

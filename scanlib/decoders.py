@@ -13,6 +13,7 @@ Widths after SCAN (arXiv 2603.06523): 512, 384, 256, 192 from stride 32 to 4, th
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 PUBLISHED_WIDTHS = (192, 256, 384, 512)  # at strides 4, 8, 16, 32
@@ -42,7 +43,7 @@ class TransformerBlock(nn.TransformerEncoderLayer):
         super().__init__(width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=False)
 
 
-def dividing_heads(width: int, at_most: int = 12) -> int:
+def choose_head_count(width: int, at_most: int = 12) -> int:
     """The largest number of heads <= at_most that divides the width (12 for 192 and 768, 8 for 128)."""
     return next(heads for heads in range(min(at_most, width), 0, -1) if width % heads == 0)
 
@@ -68,7 +69,7 @@ class _Level(nn.Module):
         return self.up(x + self.blocks(x))
 
 
-def decoder_levels(grid: Sequence[int], image_size: Sequence[int], output_stride: int | None) -> tuple[int, int]:
+def count_doublings(grid: Sequence[int], image_size: Sequence[int], output_stride: int | None) -> tuple[int, int]:
     """(doublings up to full resolution, doublings this decoder does). Raises ValueError for a stride that is no such step."""
     stride = min(image_size[0] / grid[0], image_size[1] / grid[1])
     full = max(round(math.log2(stride)), 0)
@@ -121,7 +122,7 @@ class ConvolutionalDecoder(_Decoder):
     def __init__(
         self, in_channels, grid, image_size, ch_per_lv=None, output_stride=None, upsampling="transposed", full_widths_from=512
     ):
-        full, doublings = decoder_levels(grid, image_size, output_stride)
+        full, doublings = count_doublings(grid, image_size, output_stride)
         widths = _widths(in_channels, full, ch_per_lv, full_widths_from)
         super().__init__(widths, doublings, upsampling)
         self.project = nn.Conv2d(in_channels, widths[0], 1)
@@ -153,10 +154,10 @@ class TransformerDecoder(_Decoder):
         heads=None,
         full_widths_from=256,
     ):
-        full, doublings = decoder_levels(grid, image_size, output_stride)
+        full, doublings = count_doublings(grid, image_size, output_stride)
         widths = _widths(in_channels, full, ch_per_lv, full_widths_from)
         super().__init__(widths, doublings, upsampling)
-        heads = heads or dividing_heads(in_channels)
+        heads = heads or choose_head_count(in_channels)
         self.blocks = nn.Sequential(*(TransformerBlock(in_channels, heads) for _ in range(depth)))
         self.project = nn.Conv2d(in_channels, widths[0], 1)
         self.prefix, self.grid = prefix, tuple(grid)
@@ -164,3 +165,11 @@ class TransformerDecoder(_Decoder):
     def forward(self, tokens: Tensor) -> Tensor:
         patches = self.blocks(tokens)[:, self.prefix :]
         return self.head(self.up(self.project(patches.transpose(1, 2).unflatten(2, self.grid))))
+
+
+def build_decoder(config: dict) -> nn.Module:
+    """The decoder that a config describes, untrained. Raises KeyError for a kind that is not known."""
+    arguments = {name: value for name, value in config.items() if name != "decoder"}
+    kinds = {kind.__name__: kind for kind in (ConvolutionalDecoder, TransformerDecoder)}
+    with torch.inference_mode(False):  # parameters made in inference mode could never be trained
+        return kinds[config["decoder"]](**arguments)

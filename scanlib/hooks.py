@@ -20,16 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scanlib.layers import Layout, resolve_layer
-from scanlib.outputs import evaluating, logits_of
-from scanlib.targets import Target, target_scores
+from scanlib.layers import Layout, eval_mode, get_logits, resolve_layer
+from scanlib.targets import Target, compute_scores
 
 
 class FeatureTaps:
     """Capture the outputs of several layers in one forward, and the gradient of any score at each of them.
 
     Args:
-        model: any module whose output ``logits_of`` understands.
+        model: any module whose output ``get_logits`` understands.
         layers: names, modules, or indices into ``list(model.modules())[1:]``.
         graph: what to record. "tail": from the first of the layers on, nothing in front of it. "whole": everything, down to
             inputs and weights. None: nothing, features only.
@@ -94,12 +93,12 @@ class FeatureTaps:
             raise RuntimeError(f"{name} is not active; use it as `with {name}(model, layer) as tap: tap(inputs)`")
         self._captured, self._running = {}, True
         try:
-            with torch.inference_mode(False), torch.set_grad_enabled(self.graph == "whole"), evaluating(self.model):
+            with torch.inference_mode(False), torch.set_grad_enabled(self.graph == "whole"), eval_mode(self.model):
                 if inputs.is_inference():
                     inputs = inputs.clone()  # an inference tensor can not take part in a graph
                 # fused attention has no second derivative
                 with sdpa_kernel(SDPBackend.MATH) if self.twice else contextlib.nullcontext():
-                    self.logits = logits_of(self.model(inputs))
+                    self.logits = get_logits(self.model(inputs))
         finally:
             self._running = False
         for index, name in enumerate(self.names):
@@ -138,7 +137,7 @@ class FeatureTaps:
     def _gradients(self, tensors: Sequence[Tensor], target: Target) -> list[Tensor | None]:
         """The score's gradient at any tensors of the run; None where it does not depend on one."""
         with torch.inference_mode(False), torch.enable_grad():
-            score = target_scores(self.logits, target).sum()  # images are independent in eval mode: one backward for all
+            score = compute_scores(self.logits, target).sum()  # images are independent in eval mode: one backward for all
             asked = [tensor for tensor in tensors if tensor.requires_grad] if score.requires_grad else []
             options = {"retain_graph": True, "create_graph": self.twice, "allow_unused": True}
             found = torch.autograd.grad(score, asked, **options) if asked else ()

@@ -7,9 +7,11 @@ maps = Layout.infer(features.shape, inputs.shape[2:]).to_maps(features)         
 import contextlib
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+import torchvision
 from torch import Tensor, nn
 
 USUAL_PREFIX_TOKENS, MAX_PREFIX_TOKENS = 5, 16  # class, distillation and register tokens in front of the patch tokens
@@ -111,3 +113,73 @@ class Layout:
         if self.kind == "BTC":
             return x
         return (x.flatten(2).transpose(1, 2)) if self.kind == "BCHW" else x.flatten(1, -2)
+
+
+HEAD_NAMES = ("classifier", "aux_classifier", "head", "heads", "fc", "AuxLogits", "aux1", "aux2")
+BLOCK_NORMS = ("ln_1", "norm1", "layernorm_before")  # a transformer block's first LayerNorm: torchvision, timm, Hugging Face
+NOT_FEATURES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Identity, nn.LayerNorm, torchvision.ops.Permute)
+
+
+def find_default_layer(model: nn.Module, size: int | tuple[int, ...] = 224, channels: int = 3) -> str:
+    """The last layer with a spatial extent in front of the head, found by one forward pass of zeros of ``size``: pixels, (H, W),
+    the (L,) of a signal, or the (D, H, W) of a volume.
+
+    For a vision transformer (torchvision, timm, Hugging Face): the last block's first LayerNorm. The block's own output sends
+    no gradient to the patch tokens where the head reads the class token only. Raises ValueError when no layer has a spatial
+    extent.
+    """
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    maps, norms, handles = [], [], []
+
+    def note(name):
+        def hook(module, inputs, output):
+            if not isinstance(output, Tensor):
+                return
+            spatial = output.shape[1:3] if len(size) == 2 else output.shape[2:]  # (N, h, w, C) too: Swin
+            if output.ndim == 3 and len(size) == 2 and name.rpartition(".")[2] in BLOCK_NORMS:
+                norms.append(name)
+            elif output.ndim == len(size) + 2 and min(spatial) > 1 and not isinstance(module, NOT_FEATURES):
+                maps.append(name)
+
+        return hook
+
+    with eval_mode(model), torch.no_grad():
+        try:
+            for name, module in model.named_modules():
+                if name and name.split(".")[0] not in HEAD_NAMES:
+                    handles.append(module.register_forward_hook(note(name)))
+            first = next(model.parameters())
+            model(torch.zeros(1, channels, *size, device=first.device, dtype=first.dtype))
+        finally:
+            for handle in handles:
+                handle.remove()
+    if not norms and not maps:
+        raise ValueError(f"{type(model).__name__} has no layer with a spatial extent; give target_layer by name")
+    return (norms or maps)[-1]
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module):
+    """Put every module into eval mode, and back as each was, exceptions included."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield model
+    finally:
+        for module in training:
+            module.training = True
+
+
+def get_logits(output):
+    """What scores are made of: logits (B, K) out of a tensor, a tuple led by one, an object with ``.logits`` (Inception, Hugging
+    Face), or a dictionary with "out" (segmentation); a list of dictionaries, one per image (detection), stays as it is."""
+    output = getattr(output, "logits", output)
+    if isinstance(output, Mapping):
+        output = output.get("logits", output.get("out"))
+    if isinstance(output, (tuple, list)) and len(output) and isinstance(output[0], Mapping):
+        return list(output)
+    output = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model returns {type(output).__name__}; wrap it so that it returns logits (B, K)")
+    return output if output.ndim > 1 else output.reshape(-1, 1)  # a binary model with one output per image

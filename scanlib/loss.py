@@ -1,7 +1,7 @@
 """The self-confidence loss: rebuild the picture, and say where you are good at it, on a budget.
 
 SCAN (Lee, Jeong, Jhang, IEEE TAI 2026, arXiv 2603.06523), Eqs. 4-10. The decoder returns four channels: z, the raw
-confidence, and a reconstruction in [-1, 1]. With C = self_confidence(z), e2 = (target - reconstruction)^2 per pixel,
+confidence, and a reconstruction in [-1, 1]. With C = compute_confidence(z), e2 = (target - reconstruction)^2 per pixel,
 mu = mean(C) and A_c = 1 / (1 + alpha):
 
     omega       = (mu - A_c)^2 / (mu (1 - mu))               how far the map is off its area budget
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 
-def self_confidence(z: Tensor) -> Tensor:
+def compute_confidence(z: Tensor) -> Tensor:
     """Raw confidence -> confidence in [0, 1] (Eq. 4): a sine whose period stretches with |z|.
 
     C = (sign(z) sin(2 pi |z| / (8 + 0.15 |z|)) + 1) / 2; the sine is odd, so the sign moves inside. C(0) = 1/2.
@@ -28,7 +28,7 @@ def self_confidence(z: Tensor) -> Tensor:
 
 def split_outputs(outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Decoder output (B, 4, H, W) -> confidence (B, 1, H, W) in [0, 1], reconstruction (B, 3, H, W)."""
-    return self_confidence(outputs[:, :1]), outputs[:, 1:]
+    return compute_confidence(outputs[:, :1]), outputs[:, 1:]
 
 
 class SelfConfidenceLoss(nn.Module):

@@ -3,8 +3,8 @@
 SCAN (arXiv 2603.06523), Eq. 1: with G the positive gradient at the layer, Q the P-th percentile of its positive entries,
 masked features = F * [G >= Q], image by image. The target is the picture blurred to the layer's grid.
 
-    scores = mask_scores(features, gradient, "gradient")                        # (B, C, h, w)
-    masked = features * (scores >= percentile_of_positives(scores, 95))
+    scores = compute_mask_scores(features, gradient, "gradient")                        # (B, C, h, w)
+    masked = features * (scores >= compute_threshold(scores, 95))
     target = blur_to_grid(images, grid=(8, 8)) / 127.5 - 1                      # (B, 3, H, W) in [-1, 1]
 """
 
@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASKS = ("gradient", "attribution", "position", "relevance")
+MASK_METHODS = ("gradient", "attribution", "position", "relevance")
 
 
-def percentile_of_positives(scores: Tensor, percentile: Tensor | float) -> Tensor:
+def compute_threshold(scores: Tensor, percentile: Tensor | float) -> Tensor:
     """The P-th percentile of each image's positive entries, linearly interpolated, shaped (B, 1, ...) to compare with the scores.
 
     scores (B, ...); percentile a number or (B,) in 0..100. An image without a positive entry gives 0, which keeps everything.
@@ -32,7 +32,7 @@ def percentile_of_positives(scores: Tensor, percentile: Tensor | float) -> Tenso
     return threshold.view(-1, *[1] * (scores.ndim - 1))
 
 
-def mask_scores(
+def compute_mask_scores(
     features: Tensor, gradient: Tensor, mask_by: str, channel_dim: int = 1, relevance: Tensor | None = None
 ) -> Tensor:
     """What the percentile ranks, shaped like the features.

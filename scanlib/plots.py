@@ -1,6 +1,6 @@
 """Pictures of explanations: overlays, rows of panels, curves. matplotlib loads when a function is called.
 
-figure = panels([[image, overlay(image, heat)]], titles=["picture", "SCAN"])
+figure = plot_panels([[image, overlay(image, heat)]], titles=["picture", "SCAN"])
 figure.savefig("out.png")
 """
 
@@ -19,7 +19,7 @@ def to_pixels(image: Tensor | np.ndarray) -> np.ndarray:
     return pixels.round().clip(0, 255).astype(np.uint8)
 
 
-def coloured(heat: Tensor | np.ndarray, colormap: str = "magma") -> np.ndarray:
+def apply_colormap(heat: Tensor | np.ndarray, colormap: str = "magma") -> np.ndarray:
     """Heat map (H, W) in [0, 1] -> (H, W, 3) uint8 in any matplotlib colour map."""
     import matplotlib
 
@@ -36,10 +36,10 @@ def overlay(image: Tensor | np.ndarray, heat: Tensor | np.ndarray, opacity: floa
     if heat.shape != pixels.shape[:2]:
         heat = heat[None, None]
         heat = torch.nn.functional.interpolate(heat, size=pixels.shape[:2], mode="bilinear", align_corners=False)[0, 0]
-    return to_pixels((1 - opacity) * pixels + opacity * coloured(heat, colormap))
+    return to_pixels((1 - opacity) * pixels + opacity * apply_colormap(heat, colormap))
 
 
-def panels(
+def plot_panels(
     rows: Sequence[Sequence],
     titles: Sequence[str] = (),
     row_titles: Sequence[str] = (),
@@ -73,13 +73,13 @@ def panels(
     return figure
 
 
-def predictions(logits: Tensor, classes: Sequence[str]) -> list[str]:
+def format_predictions(logits: Tensor, classes: Sequence[str]) -> list[str]:
     """A title for each image: its likeliest class and, below, the softmax's probability; logits (N, K)."""
     best = logits.detach().float().softmax(1).max(1)
     return [f"{classes[k]}\n{p:.2f}" for p, k in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
 
-def comparison(
+def plot_comparison(
     images: Tensor,
     maps: dict[str, Tensor],
     titles: Sequence[str] = (),
@@ -90,7 +90,7 @@ def comparison(
     """Methods down, images across: the pictures (N, 3, H, W) in [0, 255], then each method's maps (N, h, w) in [0, 1] over them,
     all on one range, which the bar shows. Returns the figure.
 
-    titles: one per image, as ``predictions`` gives them.
+    titles: one per image, as ``format_predictions`` gives them.
     """
     import matplotlib
     import matplotlib.pyplot as plt
@@ -98,7 +98,7 @@ def comparison(
     rows = [list(images)] + [
         [overlay(x, m, opacity, colormap) for x, m in zip(images, each, strict=True)] for each in maps.values()
     ]
-    figure = panels(rows, titles, size=size)
+    figure = plot_panels(rows, titles, size=size)
     figure.set_size_inches(size * len(images) + 0.075 * max(map(len, maps)) + 0.6, size * len(rows) + 0.5)  # room for the names
     for axis, name in zip(figure.axes[:: len(images)], ["", *maps], strict=True):
         axis.text(-0.06, 0.5, name, ha="right", va="center", fontsize=8, transform=axis.transAxes)
@@ -107,15 +107,15 @@ def comparison(
     return figure
 
 
-def concept_picture(image: Tensor | np.ndarray, maps: Tensor, opacity: float = 0.85, colormap: str = "tab10") -> np.ndarray:
+def overlay_concepts(image: Tensor | np.ndarray, maps: Tensor, opacity: float = 0.85, colormap: str = "tab10") -> np.ndarray:
     """A factorization's maps (k, H, W) over a picture: each pixel takes on the colour of its strongest concept, the more the
     stronger that is. (H, W, 3) uint8."""
     values, strongest = maps.detach().cpu().float().max(0)
     cover = opacity * values.clamp(0, 1).numpy()[..., None]
-    return to_pixels((1 - cover) * to_pixels(image) + cover * 255 * coloured_concepts(len(maps), colormap)[strongest.numpy()])
+    return to_pixels((1 - cover) * to_pixels(image) + cover * 255 * get_concept_colours(len(maps), colormap)[strongest.numpy()])
 
 
-def coloured_concepts(count: int, colormap: str = "tab10") -> np.ndarray:
+def get_concept_colours(count: int, colormap: str = "tab10") -> np.ndarray:
     """A colour for each concept, (count, 3) in [0, 1]."""
     import matplotlib
 
@@ -123,19 +123,19 @@ def coloured_concepts(count: int, colormap: str = "tab10") -> np.ndarray:
     return np.array([colours(i % colours.N if colours.N < 256 else i / max(count - 1, 1))[:3] for i in range(count)])
 
 
-def concepts(images: Tensor, found, classes: Sequence[str], size: float = 1.3, colormap: str = "tab10"):
+def plot_concepts(images: Tensor, found, classes: Sequence[str], size: float = 1.3, colormap: str = "tab10"):
     """Pictures, a ``Factorization``'s concepts over them, and a legend: what the model makes of each. Returns the figure."""
     import matplotlib.pyplot as plt
 
-    figure = panels(
-        [list(images), [concept_picture(x, m, colormap=colormap) for x, m in zip(images, found.maps, strict=True)]], size=size
+    figure = plot_panels(
+        [list(images), [overlay_concepts(x, m, colormap=colormap) for x, m in zip(images, found.maps, strict=True)]], size=size
     )
-    handles = [plt.Line2D([], [], color=colour, lw=6) for colour in coloured_concepts(len(found.concepts), colormap)]
+    handles = [plt.Line2D([], [], color=colour, lw=6) for colour in get_concept_colours(len(found.concepts), colormap)]
     figure.legend(handles, found.labels(classes), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
-def curves(
+def plot_curves(
     series: dict[str, Sequence[float]], x: Sequence[float] | None = None, title: str = "", xlabel: str = "", ylabel: str = ""
 ):
     """Named curves in one axis, colour-blind safe. Returns the figure."""
@@ -149,7 +149,7 @@ def curves(
     return figure
 
 
-def labelled_row(panels: Sequence[tuple[np.ndarray, list[str]]], panel: int = 176) -> np.ndarray:
+def draw_labelled_row(panels: Sequence[tuple[np.ndarray, list[str]]], panel: int = 176) -> np.ndarray:
     """Pictures (h, w, 3) uint8 of any size side by side, ``panel`` pixels each, with lines of text above: (H, W, 3) uint8. By
     Pillow, since a figure would take a tenth of a second."""
     from PIL import Image, ImageDraw, ImageFont
@@ -169,7 +169,7 @@ def labelled_row(panels: Sequence[tuple[np.ndarray, list[str]]], panel: int = 17
     return np.asarray(canvas)
 
 
-def standings(found, metrics: Sequence[str] = (), width: float = 1.7):
+def plot_intervals(found, metrics: Sequence[str] = (), width: float = 1.7):
     """A ``Comparison`` at a glance: means and 95 % intervals, one panel a metric; baselines grey. Returns the figure."""
     import matplotlib.pyplot as plt
 

@@ -21,20 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scanlib import decoders
-from scanlib.attention import NoAttention
-from scanlib.decoder_file import built, fingerprint, read_decoder, write_decoder
-from scanlib.evidence import empty, evidence_of, weighed
-from scanlib.explainer import quick
-from scanlib.feature_cache import Encoded, FeatureCache, pictures, repeats
+from scanlib.decoders import build_decoder
+from scanlib.explainers.attention import NoAttentionError, RelevanceTap
+from scanlib.explainers.base import normalize_map, resize_map, to_channels_last
+from scanlib.explainers.weighted import compute_evidence, find_empty_maps, weight_by_confidence
 from scanlib.hooks import FeatureTap
-from scanlib.layers import Layout, resolve_layer
+from scanlib.layers import Layout, find_default_layer, resolve_layer
 from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, split_outputs
-from scanlib.maps import resized, stretched
-from scanlib.masking import MASKS, blur_to_grid, mask_scores, percentile_of_positives
-from scanlib.models import default_layer
-from scanlib.relevance_tap import RelevanceTap
-from scanlib.targets import Target, class_indices, is_callables
+from scanlib.masking import MASK_METHODS, blur_to_grid, compute_mask_scores, compute_threshold
+from scanlib.targets import Target, is_callable_target, resolve_classes
 from scanlib.trainer import Trainer
+from scanlib.training.decoder_file import compute_fingerprint, read_decoder, write_decoder
+from scanlib.training.feature_cache import EncodedLoader, FeatureCache, count_images, is_repeatable
 
 
 class SCAN:
@@ -49,7 +47,7 @@ class SCAN:
         device: where to work; None takes CUDA if there is one, else the CPU.
         num_classes: kept for compatibility; the number of classes is read off the logits.
         mask_by: what the percentile ranks: "gradient" (published), "attribution", "position", or for transformers that attend
-            over the whole picture "relevance", which keeps all attention and takes longer; see ``mask_scores``.
+            over the whole picture "relevance", which keeps all attention and takes longer; see ``compute_mask_scores``.
 
     Images everywhere are (N, 3, H, W) or (3, H, W), uint8 or float, in [0, 255].
     """
@@ -66,8 +64,8 @@ class SCAN:
         *,
         mask_by: str = "gradient",
     ):
-        if mask_by not in MASKS:
-            raise ValueError(f"mask_by {mask_by!r} is not known; take one of {', '.join(MASKS)}")
+        if mask_by not in MASK_METHODS:
+            raise ValueError(f"mask_by {mask_by!r} is not known; take one of {', '.join(MASK_METHODS)}")
         self.layer_name, _ = resolve_layer(target_model, target_layer)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = target_model.to(self.device).eval()
@@ -126,7 +124,7 @@ class SCAN:
     def _encoding(self) -> dict:
         """What encoded pictures depend on, in plain values."""
         decoder = {"tokens": self._is_tokens, "decoded": list(self._decoded_size()), "device": str(self.device)}
-        return self._identity() | {"weights": fingerprint(self.model)} | decoder
+        return self._identity() | {"weights": compute_fingerprint(self.model)} | decoder
 
     def set_validation_dataset(self, dataloader: Iterable) -> "SCAN":
         """Pictures to validate on after each epoch, masked by G > 0."""
@@ -163,7 +161,7 @@ class SCAN:
         }
         if transformer:
             config |= {"prefix": layout.prefix, "depth": depth}
-        self._adopt(built(config), config)
+        self._adopt(build_decoder(config), config)
         self._trained = False
         return self
 
@@ -266,7 +264,7 @@ class SCAN:
             batches = len(training)
         except (TypeError, NotImplementedError):
             batches = None
-        return {**self._identity(), "weights": fingerprint(self.model), "decoder": self._decoder_config} | {
+        return {**self._identity(), "weights": compute_fingerprint(self.model), "decoder": self._decoder_config} | {
             "percentiles": list(self.use_augmentation) if self.use_augmentation else False,
             "alpha": self.criterion.alpha,
             "optimizer": type(self.optimizer).__name__,
@@ -316,7 +314,7 @@ class SCAN:
                     raise ValueError(f"decoder_model returns {tuple(outputs.shape)} for one picture; it must return (N, 4, h, w)")
                 self._own_size = tuple(outputs.shape[-2:])
             return self._own_size
-        _, doublings = decoders.decoder_levels(self.layout.grid, self.image_size, self._decoder_config["output_stride"])
+        _, doublings = decoders.count_doublings(self.layout.grid, self.image_size, self._decoder_config["output_stride"])
         return tuple(cells * 2**doublings for cells in self.layout.grid)
 
     def _prepared(self, loader, epochs, cache, budget, verbose) -> tuple[Iterable, float]:
@@ -333,9 +331,9 @@ class SCAN:
             layout = self.layout
             entries = layout.channels * (math.prod(layout.grid) + layout.prefix) * (2 if self.use_gradient_mask else 1)
             size = 4 * (entries + 3 * math.prod(self._decoded_size()))  # bytes a picture
-            cache = epochs > 1 and pictures(loader) * size <= budget and repeats(loader)
+            cache = epochs > 1 and count_images(loader) * size <= budget and is_repeatable(loader)
         if not cache:
-            return Encoded(loader, self._encode_batch), budget
+            return EncodedLoader(loader, self._encode_batch), budget
         cached = self.encoded(loader, self.trainer.seed, verbose)
         return cached, budget - cached.nbytes
 
@@ -373,13 +371,13 @@ class SCAN:
         that are not (N, h, w), or negative.
         """
         pictures = self._images(images)
-        clues = None if evidence is None else evidence_of(evidence, pictures, target)
-        if clues is not None and (missing := int(empty(clues).sum())):
+        clues = None if evidence is None else compute_evidence(evidence, pictures, target)
+        if clues is not None and (missing := int(find_empty_maps(clues).sum())):
             self._warn("evidence", f"the evidence of {missing} images is empty; their maps are SCAN's alone")
         with torch.no_grad():
             maps = self._outputs(*self._extract(pictures, target), percentile)[:, 0]
-            maps = maps if clues is None else weighed(clues, maps)
-            maps = stretched(maps, images.shape[-2:]) if normalize else maps
+            maps = maps if clues is None else weight_by_confidence(clues, maps)
+            maps = normalize_map(maps, images.shape[-2:]) if normalize else maps
         return maps.to(images.device)
 
     def extract(self, images: Tensor, target=None) -> tuple[Tensor, Tensor]:
@@ -393,9 +391,9 @@ class SCAN:
         """``extract`` of checked images; unknown: let class -1 mean the predicted one, as for training labels."""
         layout = self.layout  # before the layer's name is read: it may move
         with self._tap() as tap:
-            logits = tap(quick(self.preprocess(images)))
-            if not is_callables(target):
-                target = class_indices(logits, target, unknown)
+            logits = tap(to_channels_last(self.preprocess(images)))
+            if not is_callable_target(target):
+                target = resolve_classes(logits, target, unknown)
             features = self._arranged(tap.features).float()
             if not self.use_gradient_mask:
                 return features, features.new_ones(len(features), *[1] * (features.ndim - 1))
@@ -405,7 +403,7 @@ class SCAN:
             else:
                 gradient, relevance = tap.gradient(target), None
         gradient = self._arranged(gradient).float()
-        scores = mask_scores(features, gradient, self.mask_by, -1 if self._is_tokens else 1, relevance)
+        scores = compute_mask_scores(features, gradient, self.mask_by, -1 if self._is_tokens else 1, relevance)
         patches = scores[:, layout.prefix :] if self._is_tokens else scores
         silent = int((patches.flatten(1) <= 0).all(1).sum())
         if silent:
@@ -423,7 +421,7 @@ class SCAN:
 
     def _placed(self, relevance: Tensor) -> Tensor:
         """Relevance (N, h, w) of patches, arranged as the features, with one channel; 0 for prefix tokens."""
-        places = resized(relevance, self.layout.grid)[:, None]
+        places = resize_map(relevance, self.layout.grid)[:, None]
         return F.pad(places.flatten(2).mT, (0, 0, self.layout.prefix, 0)) if self._is_tokens else places
 
     @torch.no_grad()
@@ -453,7 +451,7 @@ class SCAN:
         return self.decoder(masked).float()
 
     def _masked(self, features: Tensor, scores: Tensor, percentile: Tensor | float) -> Tensor:
-        return features * (scores >= percentile_of_positives(scores, percentile))
+        return features * (scores >= compute_threshold(scores, percentile))
 
     # --- decoders on disk ---
 
@@ -462,7 +460,7 @@ class SCAN:
         self._need_decoder("generate_decoder() and fit()")
         if not self._trained:
             raise RuntimeError("the decoder is not trained yet; call fit() before save_decoder(path)")
-        belongs = self._decoder_config, self._identity(), fingerprint(self.model)
+        belongs = self._decoder_config, self._identity(), compute_fingerprint(self.model)
         write_decoder(path, self.decoder, *belongs, half=half, notes=notes)
 
     def load_decoder(self, path: str | os.PathLike) -> "SCAN":
@@ -472,7 +470,7 @@ class SCAN:
         scanner is then as it was.
         """
         decoder, config, saved = read_decoder(path, self._identity(), self.decoder)
-        if saved["weights"] != fingerprint(self.model):
+        if saved["weights"] != compute_fingerprint(self.model):
             what = "was trained for other weights of the same architecture; its maps may mislead, train a decoder for these"
             self._warn("weights", f"{path} {what}")
         if config is None:  # into the module that was given
@@ -503,7 +501,7 @@ class SCAN:
         """How the target layer arranges its features; found by one forward pass.
 
         Where the patch tokens get no gradient at all (a class-token transformer's last output), the target layer moves to
-        ``default_layer`` with a warning.
+        ``find_default_layer`` with a warning.
         """
         if self._layout is None:
             probe = self.preprocess(torch.full((1, 3, *self.image_size), 127.5, device=self.device))
@@ -515,7 +513,7 @@ class SCAN:
                     gradient = tap.gradient()
                     unread = bool(gradient[:, : layout.prefix].any()) and not gradient[:, layout.prefix :].any()
             if unread:
-                moved = default_layer(self.model, tuple(probe.shape[-2:]))
+                moved = find_default_layer(self.model, tuple(probe.shape[-2:]))
                 reason = (
                     f"layer {self.layer_name!r} sends no gradient to the patch tokens (behind it the head reads the class token)"
                 )
@@ -533,8 +531,8 @@ class SCAN:
             tap(probe)
             if isinstance(tap, RelevanceTap):
                 tap.gradient_and_relevance()
-        except NoAttention as error:
-            ways = ", ".join(way for way in MASKS if way != "relevance")
+        except NoAttentionError as error:
+            ways = ", ".join(way for way in MASK_METHODS if way != "relevance")
             reason = f"needs attention over the whole picture, and {type(self.model).__name__} has none that can be read"
             raise ValueError(f"mask_by 'relevance' {reason}; take one of {ways}") from error
 

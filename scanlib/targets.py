@@ -16,23 +16,23 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-Score = Callable[[Tensor], Tensor]
-Target = int | Sequence[int] | Tensor | Score | Sequence[Score] | None
+TargetFunction = Callable[[Tensor], Tensor]
+Target = int | Sequence[int] | Tensor | TargetFunction | Sequence[TargetFunction] | None
 
 
-def is_callables(target: Target) -> bool:
+def is_callable_target(target: Target) -> bool:
     """Is the target a callable, or a sequence of them?"""
     return callable(target) or (isinstance(target, Sequence) and len(target) > 0 and all(map(callable, target)))
 
 
-def of_images(target: Target, which: Tensor) -> Target:
+def select_targets(target: Target, which: Tensor) -> Target:
     """The part of a target that belongs to these images, given by their indices: of one per image those, else all of it."""
     if isinstance(target, Tensor) and target.ndim:
         return target[which.to(target.device)]
     return [target[i] for i in which.tolist()] if isinstance(target, (list, tuple)) else target
 
 
-def class_indices(logits: Tensor, target, unknown: bool = False) -> Tensor:
+def resolve_classes(logits: Tensor, target, unknown: bool = False) -> Tensor:
     """One class index per image, (B,) int64, from None (predicted class), an int, or one class per image.
 
     unknown: let -1 mean "not known", and become the predicted class. Raises ValueError for a class out of range or a wrong
@@ -62,12 +62,12 @@ def class_indices(logits: Tensor, target, unknown: bool = False) -> Tensor:
     return torch.where(index < 0, logits.argmax(1), index.long())
 
 
-def target_scores(outputs, target: Target = None) -> Tensor:
+def compute_scores(outputs, target: Target = None) -> Tensor:
     """The score of each image, (B,): the logit of a class, or what a callable makes of the image's own output.
 
     outputs: (B, K) logits; for callables anything with an entry for each image, as maps (B, K, H, W) or a list of detections.
     """
-    if is_callables(target):
+    if is_callable_target(target):
         functions = [target] * len(outputs) if callable(target) else list(target)
         if len(functions) != len(outputs):
             raise ValueError(f"target has {len(functions)} callables for {len(outputs)} images; give one, or one per image")
@@ -75,18 +75,18 @@ def target_scores(outputs, target: Target = None) -> Tensor:
         if not all(isinstance(score, Tensor) and score.numel() == 1 for score in scores):
             raise TypeError("target's callable must map an image's outputs (K,) to a scalar tensor, as `lambda row: row[3]`")
         return torch.stack([score.reshape(()) for score in scores])
-    return outputs.gather(1, class_indices(outputs, target)[:, None])[:, 0]
+    return outputs.gather(1, resolve_classes(outputs, target)[:, None])[:, 0]
 
 
 # --- scores beyond the logit of a class ---
 
 
-def softmax(target: int) -> Score:
+def softmax(target: int) -> TargetFunction:
     """The probability of a class. Its gradient fades where the model is sure."""
     return lambda row: row.softmax(0)[target]
 
 
-def log_probability(target: int) -> Score:
+def log_probability(target: int) -> TargetFunction:
     """log p_c, the logit less what all classes have in common: what speaks for the class against the others.
 
     Its gradient is that of y_c less the mean of all logits', weighed by probability. Written as
@@ -121,22 +121,22 @@ def against_others(explain: Callable) -> Callable:
     return of_log_probability
 
 
-def rest(target: int) -> Score:
+def rest(target: int) -> TargetFunction:
     """ReST, y_c + log p_c: the logit, and how it stands among the others (Cai 2025, "CAMs as Shapley Value-based Explainers")."""
     return lambda row: row[target] + row.log_softmax(0)[target]
 
 
-def binary(positive: bool = True) -> Score:
+def binary(positive: bool = True) -> TargetFunction:
     """A classifier with a single output: evidence for the positive class, or for the negative one."""
     return lambda row: row.squeeze() if positive else -row.squeeze()
 
 
-def regression(index: int = 0) -> Score:
+def regression(index: int = 0) -> TargetFunction:
     """An output as it is: what makes the number large?"""
     return lambda row: row.reshape(-1)[index]
 
 
-def contrast(target: int | None = None, references: int | Sequence[int] = 3, strength: float = 1.0) -> Score:
+def contrast(target: int | None = None, references: int | Sequence[int] = 3, strength: float = 1.0) -> TargetFunction:
     """What sets a class apart from similar ones: sum_i p_i (y_c - strength * y_i) / sum_i p_i  (Zhang et al. 2025, Finer-CAM).
 
     target: None takes the predicted class. references: the classes to compare with, or how many of those with the closest logits.
@@ -156,12 +156,12 @@ def contrast(target: int | None = None, references: int | Sequence[int] = 3, str
     return score
 
 
-def segmentation(target: int, mask: Tensor) -> Score:
+def segmentation(target: int, mask: Tensor) -> TargetFunction:
     """Sum of a class's scores over the pixels of a mask, (H, W) bool or weights; for outputs (K, H, W)."""
     return lambda maps: (maps[target] * mask.to(maps)).sum()
 
 
-def detection(boxes: Tensor, labels: Sequence[int], iou: float = 0.5) -> Score:
+def detection(boxes: Tensor, labels: Sequence[int], iou: float = 0.5) -> TargetFunction:
     """How well a detector still finds these boxes (n, 4) with these labels: for each, overlap and score of the detection that
     covers it best, if they overlap by more than ``iou`` and the label is right; else 0."""
 
@@ -176,6 +176,6 @@ def detection(boxes: Tensor, labels: Sequence[int], iou: float = 0.5) -> Score:
     return score
 
 
-def similarity(embedding: Tensor) -> Score:
+def similarity(embedding: Tensor) -> TargetFunction:
     """Cosine of the output and another embedding (D,): what makes this image like that one?"""
     return lambda row: F.cosine_similarity(row.reshape(-1), embedding.to(row).reshape(-1), dim=0)

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scanlib import distributed
-from scanlib.checkpoint import load_checkpoint, save_checkpoint
-from scanlib.outputs import logits_of
-from scanlib.randomness import own_randomness, seeded_batches
+from scanlib.layers import get_logits
+from scanlib.training import distributed
+from scanlib.training.checkpoint import load_checkpoint, save_checkpoint
+from scanlib.training.randomness import isolated_rng, iterate_seeded_batches
 
 
 class Accuracy:
@@ -38,15 +38,15 @@ class Accuracy:
 
     @torch.no_grad()
     def update(self, target: Tensor, outputs) -> None:
-        """Labels (B,), and logits (B, K) or what ``logits_of`` finds them in."""
-        self.right += int((logits_of(outputs).argmax(1) == target).sum())
+        """Labels (B,), and logits (B, K) or what ``get_logits`` finds them in."""
+        self.right += int((get_logits(outputs).argmax(1) == target).sum())
         self.seen += len(target)
 
     def compute(self) -> float:
         return self.right / self.seen if self.seen else math.nan
 
 
-def classifier_step(model: nn.Module, preprocess: Callable[[Tensor], Tensor], device="cpu"):
+def build_classifier_step(model: nn.Module, preprocess: Callable[[Tensor], Tensor], device="cpu"):
     """The step of a classifier: cross-entropy of (images in [0, 255], labels)."""
 
     def step(batch, training):
@@ -57,7 +57,7 @@ def classifier_step(model: nn.Module, preprocess: Callable[[Tensor], Tensor], de
     return step
 
 
-def detached(outputs):
+def detach_outputs(outputs):
     """A step's outputs without their graph: a tensor, or a tuple of them."""
     if isinstance(outputs, Tensor):
         return outputs.detach()
@@ -125,10 +125,10 @@ class Trainer:
         if self._start is None:  # else: the last call was interrupted, and this one goes on from there
             self._start = self.epoch
         goal = self._start + int(epochs)
-        verbose = verbose and distributed.is_first()
+        verbose = verbose and distributed.is_main_process()
         try:
             self._resume()
-            if distributed.summed([self.epoch], self.device)[0] != self.epoch * distributed.count():
+            if distributed.all_reduce_sum([self.epoch], self.device)[0] != self.epoch * distributed.get_world_size():
                 raise ValueError(f"the processes do not find the same {self.checkpoint}; put it on a disk that all of them see")
             distributed.same_start([*self.model.parameters(), *self.model.buffers()])
             while self.epoch < goal:
@@ -155,14 +155,14 @@ class Trainer:
             total = None
         bar = tqdm(total=total, desc=f"epoch {self.epoch + 1}/{goal}", disable=not verbose, leave=False)
         saved, count = time.monotonic(), 0
-        with bar, own_randomness(self.device):
-            for count, batch in enumerate(seeded_batches(loader, self.seed, self.epoch), 1):
+        with bar, isolated_rng(self.device):
+            for count, batch in enumerate(iterate_seeded_batches(loader, self.seed, self.epoch), 1):
                 if count > self.step:  # else: done before the run was killed
                     self._train_step(batch)
                     bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
                     if self.on_step is not None:
                         self.on_step(self)
-                    if time.monotonic() - saved > self.save_every and not distributed.together():
+                    if time.monotonic() - saved > self.save_every and not distributed.is_distributed():
                         self._save()
                         saved = time.monotonic()
                 bar.update()
@@ -175,8 +175,8 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             loss, outputs, target = self.one_step(batch, True) if batch is not None else (None, None, ())
         own = float(loss.detach()) if len(target) else 0.0
-        total, pictures = distributed.summed([own * len(target), len(target)], self.device)
-        self.loss = total / pictures if distributed.together() else own
+        total, pictures = distributed.all_reduce_sum([own * len(target), len(target)], self.device)
+        self.loss = total / pictures if distributed.is_distributed() else own
         if not math.isfinite(self.loss):
             rate = self.optimizer.param_groups[0]["lr"]
             raise FloatingPointError(
@@ -199,8 +199,8 @@ class Trainer:
         sums, metrics = [0.0, 0], copy.deepcopy(self.metrics)
         for metric in metrics:
             metric.reset()
-        with own_randomness(self.device):
-            for batch in seeded_batches(loader, self.seed, self.epoch):
+        with isolated_rng(self.device):
+            for batch in iterate_seeded_batches(loader, self.seed, self.epoch):
                 if batch is None:  # other processes have what is left
                     continue
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
@@ -220,15 +220,17 @@ class Trainer:
         sums[0] += loss * len(target)
         sums[1] += len(target)
         for metric in metrics if len(target) else ():
-            metric.update(target, detached(outputs))
+            metric.update(target, detach_outputs(outputs))
 
     def _of_all(self, sums, metrics):
         """Sums over all processes, and the metrics' too, in place."""
-        if distributed.together():
+        if distributed.is_distributed():
             for metric in metrics:
                 names = list(vars(metric))
-                vars(metric).update(zip(names, distributed.summed([vars(metric)[n] for n in names], self.device), strict=True))
-        return distributed.summed(sums, self.device)
+                vars(metric).update(
+                    zip(names, distributed.all_reduce_sum([vars(metric)[n] for n in names], self.device), strict=True)
+                )
+        return distributed.all_reduce_sum(sums, self.device)
 
     def _finish_epoch(self, validated):
         self._record("", self._of_all(self._sums, self.metrics), self.metrics)
@@ -253,7 +255,7 @@ class Trainer:
     # --- stop and go ---
 
     def _save(self):
-        if self.checkpoint is None or not distributed.is_first():
+        if self.checkpoint is None or not distributed.is_main_process():
             return
         content = {
             "format": 1,
@@ -268,7 +270,7 @@ class Trainer:
         save_checkpoint(content, self.checkpoint)
 
     def _resume(self):
-        distributed.wait()  # for what the first process may still be writing
+        distributed.wait_for_all()  # for what the first process may still be writing
         if self.checkpoint is None or not Path(self.checkpoint).exists():
             return
         saved = load_checkpoint(
@@ -302,7 +304,7 @@ class Trainer:
             vars(metric).update(state)
         progress = saved["progress"]
         self.epoch, self.step, self._sums, self.history = (progress[name] for name in ("epoch", "step", "sums", "history"))
-        if not distributed.is_first():  # the sums of a run that was alone count once
+        if not distributed.is_main_process():  # the sums of a run that was alone count once
             self._sums = [0.0, 0]
             for metric in self.metrics:
                 metric.reset()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from scanlib.decoders import ConvolutionalDecoder, ResidualModule, TransformerDecoder, dividing_heads
+from scanlib.decoders import ConvolutionalDecoder, ResidualModule, TransformerDecoder, choose_head_count
 
 
 @pytest.mark.parametrize("upsampling", ["bilinear", "transposed"])
@@ -50,7 +50,7 @@ def test_every_parameter_is_there_before_the_first_forward_and_is_trained():
 
 
 def test_heads_divide_the_width():
-    assert [dividing_heads(width) for width in (768, 192, 128, 100, 7, 1)] == [12, 12, 8, 10, 7, 1]
+    assert [choose_head_count(width) for width in (768, 192, 128, 100, 7, 1)] == [12, 12, 8, 10, 7, 1]
     TransformerDecoder(100, (4, 4), (32, 32), depth=1)(torch.randn(1, 16, 100))
 
 

@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from scanlib.hooks import FeatureTap, Layout, resolve_layer  # names that the design places there
-from scanlib.models import Normalize, small_vit
+from scanlib.models.small import Normalize, build_small_vit
 
 
 def full_gradient(model, layer, x, classes):
@@ -152,7 +152,7 @@ def test_a_binary_model_with_one_output_per_image():
 
 def test_token_gradients_of_a_vit():
     torch.manual_seed(0)
-    model = small_vit().eval()
+    model = build_small_vit().eval()
     nn.init.normal_(model.heads.head.weight)  # torchvision starts it at zero, where every gradient vanishes
     x = torch.rand(2, 3, 64, 64)
     classes = torch.tensor([1, 2])

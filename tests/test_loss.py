@@ -2,27 +2,26 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, self_confidence
+from scanlib.loss import ConfidentMAE, NonConfidentMAE, SelfConfidenceLoss, compute_confidence
 
 
 def test_stretched_sine_by_hand():
     z = torch.tensor([0.0, 2.0, -2.0, 4.0], dtype=torch.float64)
     expected = [0.5] + [(s * math.sin(2 * math.pi * a / (8 + 0.15 * a)) + 1) / 2 for s, a in ((1, 2), (-1, 2), (1, 4))]
-    torch.testing.assert_close(self_confidence(z), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(compute_confidence(z), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
 @given(st.floats(-1e4, 1e4))
 def test_stretched_sine_is_bounded_and_odd_about_one_half(z):
-    up, down = self_confidence(torch.tensor([z, -z], dtype=torch.float64))
+    up, down = compute_confidence(torch.tensor([z, -z], dtype=torch.float64))
     assert 0 <= up <= 1
     assert up + down == pytest.approx(1)
 
 
 def raw(confidence):
-    """z with self_confidence(z) = confidence, on the first rising branch."""
+    """z with compute_confidence(z) = confidence, on the first rising branch."""
     angle = math.asin(2 * confidence - 1)
     return 8 * angle / (2 * math.pi - 0.15 * abs(angle))
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from scanlib.factorization import Factorization
-from scanlib.plots import coloured_concepts, comparison, concept_picture, concepts, overlay, predictions
+from scanlib.explainers.factorization import Factorization
+from scanlib.plots import format_predictions, get_concept_colours, overlay, overlay_concepts, plot_comparison, plot_concepts
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def _closed():
 
 def test_titles_tell_class_and_probability():
     logits = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.05, 0.05, 0.9]]))
-    assert predictions(logits, ["disc", "star", "heart"]) == ["disc\n0.70", "heart\n0.90"]
+    assert format_predictions(logits, ["disc", "star", "heart"]) == ["disc\n0.70", "heart\n0.90"]
 
 
 @pytest.mark.parametrize("size", [(20, 20), (31, 47)])
@@ -32,7 +32,7 @@ def test_overlay_takes_any_size_and_colour_map(size):
 def test_a_comparison_is_methods_down_and_images_across():
     images = torch.rand(3, 3, 16, 16) * 255
     maps = {"one": torch.rand(3, 16, 16), "other": torch.rand(3, 4, 4)}
-    figure = comparison(images, maps, ["a", "b", "c"])
+    figure = plot_comparison(images, maps, ["a", "b", "c"])
     shown = [axis for axis in figure.axes if axis.images]
     assert len(shown) == 9 and [axis.get_title() for axis in shown[:3]] == ["a", "b", "c"]
     assert [text.get_text() for axis in shown[::3] for text in axis.texts] == ["", "one", "other"]
@@ -44,17 +44,17 @@ def test_a_comparison_is_methods_down_and_images_across():
 def test_concepts_have_their_colours():
     maps = torch.zeros(2, 4, 4)
     maps[0, :2], maps[1, 2:], maps[1, 0, 0] = 1.0, 0.5, 0.2
-    picture = concept_picture(torch.zeros(3, 4, 4), maps, opacity=1.0)
-    colours = coloured_concepts(2)
+    picture = overlay_concepts(torch.zeros(3, 4, 4), maps, opacity=1.0)
+    colours = get_concept_colours(2)
     np.testing.assert_allclose(picture[0, 0] / 255, colours[0], atol=0.01)  # the stronger one
     np.testing.assert_allclose(picture[3, 3] / 255, colours[1] / 2, atol=0.01)
-    assert coloured_concepts(30).shape == (30, 3)
+    assert get_concept_colours(30).shape == (30, 3)
 
 
 def test_a_legend_says_what_the_model_makes_of_each():
     found = Factorization(
         torch.rand(2, 2, 8, 8), torch.rand(2, 2, 4, 4), torch.rand(2, 5), torch.tensor([[5.0, 0, 0], [0, 0, 5]]), 0.1
     )
-    figure = concepts(torch.rand(2, 3, 8, 8) * 255, found, ["disc", "star", "heart"])
+    figure = plot_concepts(torch.rand(2, 3, 8, 8) * 255, found, ["disc", "star", "heart"])
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(texts) == 2 and texts[0].startswith("disc 0.99") and texts[1].startswith("heart 0.99")

@@ -43,66 +43,55 @@ def test_version_and_citation():
     assert citation["license"] == "Apache-2.0" and "2603.06523" in citation["references"][0]["url"]
 
 
-FLOORS = [
-    {
-        "checkpoint",
-        "layers",
-        "outputs",
-        "loss",
-        "decoders",
-        "maps",
-        "masking",
-        "randomness",
-        "signs",
-        "photos",
-        "plots",
-        "targets",
-        "freezing",
-        "distributed",
-    },
-    {
-        "hooks",
-        "data",
-        "explainer",
-        "formulas",
-        "fusing",
-        "tail",
-        "localisation",
-        "quality",
-        "published",
-        "decoder_file",
-        "evidence",
-    },
-    {"attention", "models", "removal", "sanity", "feature_cache", "trainer", "slot_attention"},
-    {"cam_explainer", "factorization", "fullgrad", "confidence", "relevance_tap", "road", "stability", "backbones", "scouter"},
-    {"cams", "perturbation", "scan", "metrics", "scouter_training", "comparison_table"},
-    {"comparison", "scouter_recipes", "explorer", "cli_shared"},
-    {"cli_train", "cli_scouter", "cli_explain", "cli_compare", "widgets"},
-    {"cli"},
-    {"__main__", "__init__"},
+# each level may import the levels above it in this list, and files of its own folder
+LEVELS = [
+    {"layers", "targets", "loss", "masking", "decoders", "data", "plots"},
+    {"hooks"},
+    {"training"},
+    {"models", "trainer"},
+    {"explainers"},
+    {"metrics", "scouter", "scan"},
+    {"explorer", "cli"},
 ]
 
 
-def test_a_file_imports_only_from_the_floors_below():
-    floor = {name: level for level, names in enumerate(FLOORS) for name in names}
-    for path in (ROOT / "scanlib").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            names = []
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scanlib"):
-                names = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
-            for name in names:
-                assert floor[name] < floor[path.stem], f"{path.name} imports {name}"
+def imported_modules(path):
+    """Dotted names below scanlib that a file imports, as ("metrics", "removal")."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "scanlib":
+            parts = tuple(node.module.split(".")[1:])
+            yield from [parts] if parts else [(alias.name,) for alias in node.names]
 
 
-def test_the_readmes_tree_has_these_floors():
-    tree = (ROOT / "README.md").read_text("utf-8").split("## The tree")[1]
-    floors: list[set[str]] = []
-    for name, floor in re.findall(r"^  (\w+)\.py +(floor \d)?", tree, re.M):
-        if floor:
-            assert floor == f"floor {len(floors)}"
-            floors.append(set())
-        floors[-1].add(name)
-    assert floors == FLOORS[:-1]
+def package_files():
+    return [path for path in (ROOT / "scanlib").rglob("*.py") if path.parent != ROOT / "scanlib" or path.name[0] != "_"]
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda path: path.relative_to(ROOT / "scanlib").as_posix())
+def test_imports_point_one_way(path):
+    level = {name: number for number, names in enumerate(LEVELS) for name in names}
+    own = path.relative_to(ROOT / "scanlib").with_suffix("").parts[0]
+    for module in imported_modules(path):
+        assert module[0] == own or level[module[0]] < level[own], f"{path.name} imports scanlib.{'.'.join(module)}"
+
+
+def test_no_import_circle_inside_a_folder():
+    imports = {}
+    for path in package_files():
+        parts = path.relative_to(ROOT / "scanlib").with_suffix("").parts
+        imports[parts] = {module for module in imported_modules(path) if module[0] == parts[0] and len(parts) > 1}
+    while leaves := {name for name, found in imports.items() if not found & set(imports)}:
+        imports = {name: found for name, found in imports.items() if name not in leaves}
+    assert not imports, f"these files import each other: {sorted(imports)}"
+
+
+def test_folders_are_small_and_the_package_stays_thin():
+    lines = {path: len(path.read_text("utf-8").splitlines()) for path in (ROOT / "scanlib").rglob("*.py")}
+    folders = [path.parent for path in lines]
+    heart = ("layers", "hooks", "targets", "masking", "loss", "decoders", "trainer", "scan")
+    assert max(folders.count(folder) for folder in set(folders)) <= 12
+    assert sum(lines[ROOT / "scanlib" / f"{name}.py"] for name in heart) <= 1500
+    assert sum(lines.values()) <= 7800
 
 
 def test_links_are_the_projects():

@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scanlib import SCAN, AttentionRelevance, load_target, small_vit
+from scanlib import SCAN, AttentionRelevance, build_small_vit, load_classifier
 from scanlib.data import Signs
-from scanlib.formulas import grad_cam, layer_cam
+from scanlib.explainers.attention import RelevanceTap
+from scanlib.explainers.base import normalize_map
+from scanlib.explainers.formulas import grad_cam, layer_cam
 from scanlib.hooks import FeatureTap
-from scanlib.maps import stretched
-from scanlib.masking import MASKS, blur_to_grid, mask_scores, percentile_of_positives
-from scanlib.metrics import checkerboard, class_score, evaluate
-from scanlib.models import CHECKPOINTS, Normalize
-from scanlib.relevance_tap import RelevanceTap
-from tests.test_attention import TinyTransformer
+from scanlib.masking import MASK_METHODS, blur_to_grid, compute_mask_scores, compute_threshold
+from scanlib.metrics import build_class_score, compute_checkerboard, evaluate_maps
+from scanlib.models.small import Normalize
+from scanlib.models.zoo import CHECKPOINTS
+from tests.explainers.test_attention import TinyTransformer
 
 
 class Killed(BaseException):
@@ -51,7 +51,7 @@ def ready(model, **options):
 def test_percentile_is_numpys_over_the_positives(entries, percentile, seed, share):
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(3, 2, entries)) * (rng.random((3, 2, entries)) < share)
-    result = percentile_of_positives(torch.tensor(scores), percentile)
+    result = compute_threshold(torch.tensor(scores), percentile)
     assert result.shape == (3, 1, 1)
     for row, threshold in zip(scores, result.flatten().tolist(), strict=True):
         positives = row[row > 0]
@@ -60,19 +60,21 @@ def test_percentile_is_numpys_over_the_positives(entries, percentile, seed, shar
 
 def test_percentile_per_image():
     scores = torch.arange(1.0, 12).expand(3, 11)
-    assert percentile_of_positives(scores, torch.tensor([0.0, 50, 100])).flatten().tolist() == [1, 6, 11]
+    assert compute_threshold(scores, torch.tensor([0.0, 50, 100])).flatten().tolist() == [1, 6, 11]
 
 
 def test_mask_scores_by_hand():
     features = torch.tensor([[[[1.0]], [[2.0]], [[3.0]]]])
     gradient = torch.tensor([[[[2.0]], [[-1.0]], [[1.0]]]])
-    assert mask_scores(features, gradient, "gradient").flatten().tolist() == [2, 0, 1]
-    assert mask_scores(features, gradient, "attribution").flatten().tolist() == [2, 0, 3]
-    assert mask_scores(features, gradient, "position").flatten().tolist() == [6, 0, 9]  # times 2 - 2 + 3
-    tokens = mask_scores(features.flatten(2).transpose(1, 2), gradient.flatten(2).transpose(1, 2), "position", channel_dim=-1)
+    assert compute_mask_scores(features, gradient, "gradient").flatten().tolist() == [2, 0, 1]
+    assert compute_mask_scores(features, gradient, "attribution").flatten().tolist() == [2, 0, 3]
+    assert compute_mask_scores(features, gradient, "position").flatten().tolist() == [6, 0, 9]  # times 2 - 2 + 3
+    tokens = compute_mask_scores(
+        features.flatten(2).transpose(1, 2), gradient.flatten(2).transpose(1, 2), "position", channel_dim=-1
+    )
     assert tokens.flatten().tolist() == [6, 0, 9]
     two = torch.tensor([[[[2.0, 3.0]], [[-1.0, 5.0]]]]), torch.tensor([[[[1.0, 0.5]]]])  # gradient, relevance of two places
-    assert mask_scores(two[0], two[0], "relevance", relevance=two[1]).flatten().tolist() == [2, 1.5, 0, 2.5]
+    assert compute_mask_scores(two[0], two[0], "relevance", relevance=two[1]).flatten().tolist() == [2, 1.5, 0, 2.5]
 
 
 def test_masked_features_against_a_plain_loop(tiny, images):
@@ -190,10 +192,8 @@ def test_percentiles_are_drawn_per_image_and_visit_within_the_range(tiny, monkey
     import scanlib.scan
 
     drawn = []
-    real = scanlib.scan.percentile_of_positives
-    monkeypatch.setattr(
-        scanlib.scan, "percentile_of_positives", lambda scores, p: drawn.append(torch.as_tensor(p)) or real(scores, p)
-    )
+    real = scanlib.scan.compute_threshold
+    monkeypatch.setattr(scanlib.scan, "compute_threshold", lambda scores, p: drawn.append(torch.as_tensor(p)) or real(scores, p))
     scanner = (
         scanner_for(tiny)
         .set_dataset(DataLoader(pictures(), 4), use_augmentation=(80, 90))
@@ -205,7 +205,7 @@ def test_percentiles_are_drawn_per_image_and_visit_within_the_range(tiny, monkey
     assert [float(p) for p in drawn if not p.ndim] == [0, 0]
 
 
-WAYS = [(kind, way) for kind in ("conv", "tokens") for way in MASKS if (kind, way) != ("conv", "relevance")]
+WAYS = [(kind, way) for kind in ("conv", "tokens") for way in MASK_METHODS if (kind, way) != ("conv", "relevance")]
 
 
 @pytest.mark.parametrize(("layer_kind", "mask_by"), WAYS)
@@ -347,7 +347,7 @@ def test_auto_cache_takes_plain_loaders_only(tiny):
         DataLoader(pictures(), batch_sampler=data.BatchSampler(data.RandomSampler(pictures()), 4, False)),
         [pictures().tensors],
     ]
-    from scanlib.feature_cache import FeatureCache
+    from scanlib.training.feature_cache import FeatureCache
 
     for loaders, cached in ((plain, True), (other, False)):
         for loader in loaders:
@@ -431,7 +431,7 @@ def test_confidence_and_reconstruction_from_the_decoders_output(tiny, images):
 @pytest.fixture
 def vit():
     torch.manual_seed(0)
-    model = small_vit()
+    model = build_small_vit()
     nn.init.normal_(model.heads.head.weight)
     return model
 
@@ -670,7 +670,7 @@ def test_damaged_and_hostile_decoders(tiny, images, tmp_path, capsys):
 
 
 def test_shipped_decoder_on_fresh_scenes():
-    target = load_target("signs_cnn")
+    target = load_classifier("signs_cnn")
     scanner = SCAN(target.model, target.layer, target.image_size, device="cpu").set_preprocess(target.preprocess)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it must be the decoder of these very weights
@@ -680,16 +680,16 @@ def test_shipped_decoder_on_fresh_scenes():
     images = torch.stack(images)
     with FeatureTap(target.model, target.layer) as tap:
         classes = tap(target.preprocess(images)).argmax(1)
-        cam = stretched(grad_cam(tap.features, tap.gradient(classes)), (64, 64))
-    score = class_score(target.model, target.preprocess, classes)
-    ours, theirs = evaluate(maps, masks, images, score), evaluate(cam, masks, images, score)
+        cam = normalize_map(grad_cam(tap.features, tap.gradient(classes)), (64, 64))
+    score = build_class_score(target.model, target.preprocess, classes)
+    ours, theirs = evaluate_maps(maps, masks, images, score), evaluate_maps(cam, masks, images, score)
     assert ours["energy"] >= 0.57 and ours["peak"] >= 0.85 and ours["IoU"] > theirs["IoU"]
     assert ours["deletion"] <= theirs["deletion"] and ours["insertion"] >= theirs["insertion"] - 0.01
     assert sum(path.stat().st_size for path in CHECKPOINTS.glob("signs_cnn*.pt")) < 4e6
 
 
 def test_shipped_vit_decoder_on_fresh_scenes():
-    target = load_target("signs_vit")
+    target = load_classifier("signs_vit")
     scanner = SCAN(target.model, target.layer, target.image_size, device="cpu", mask_by="relevance")
     scanner.set_preprocess(target.preprocess)
     with warnings.catch_warnings():
@@ -699,15 +699,15 @@ def test_shipped_vit_decoder_on_fresh_scenes():
     images, masks = torch.stack(images), torch.stack(masks)
     with FeatureTap(target.model, target.layer) as tap:
         classes = tap(target.preprocess(images)).argmax(1)
-        cam = stretched(layer_cam(tap.layout.to_maps(tap.features), tap.layout.to_maps(tap.gradient(classes))), (64, 64))
-    score = class_score(target.model, target.preprocess, classes)
-    ours = evaluate(scanner.explain(images, classes), masks, images, score)
-    theirs = evaluate(cam, masks, images, score)
+        cam = normalize_map(layer_cam(tap.layout.to_maps(tap.features), tap.layout.to_maps(tap.gradient(classes))), (64, 64))
+    score = build_class_score(target.model, target.preprocess, classes)
+    ours = evaluate_maps(scanner.explain(images, classes), masks, images, score)
+    theirs = evaluate_maps(cam, masks, images, score)
     assert ours["energy"] >= 0.65 and ours["peak"] >= 0.85 and ours["IoU"] >= 0.55
     assert ours["deletion"] <= 0.21 and ours["insertion"] >= 0.89
     assert all(ours[name] > theirs[name] for name in ("energy", "peak", "IoU")) and ours["deletion"] < theirs["deletion"]
     raw = scanner.explain(images, classes, normalize=False)
-    assert checkerboard(raw).mean() < 0.005 and checkerboard(raw, 4).mean() < 0.005  # no dithering
+    assert compute_checkerboard(raw).mean() < 0.005 and compute_checkerboard(raw, 4).mean() < 0.005  # no dithering
     assert sum(path.stat().st_size for path in CHECKPOINTS.glob("signs_vit*.pt")) < 4e6
 
 
@@ -879,7 +879,7 @@ def test_evidence_is_weighed_by_confidence_over_its_mean(tiny):
     assert confidence.shape[1:] == (32, 32)  # so nothing is resized
     by_hand = half * (1 + confidence / confidence.mean((1, 2), keepdim=True))
     torch.testing.assert_close(scanner.explain(images, 3, 90, normalize=False, evidence=evidence), by_hand)
-    torch.testing.assert_close(scanner.explain(images, 3, 90, evidence=evidence), stretched(by_hand, (32, 32)))
+    torch.testing.assert_close(scanner.explain(images, 3, 90, evidence=evidence), normalize_map(by_hand, (32, 32)))
     assert torch.equal(seen[0][0], images) and seen[0][1] == 3
     flat = scanner.explain(images, 3, 90, evidence=lambda pictures, target: torch.ones(len(pictures), 8, 8))
     torch.testing.assert_close(flat, scanner.explain(images, 3, 90))  # says nothing of any place

@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 from scanlib import CAM, FinerCAM, GradCAM, ScoreCAM, targets
-from scanlib.targets import against_others, class_indices, target_scores
+from scanlib.targets import against_others, compute_scores, resolve_classes
 
 
 def test_classes_and_their_scores():
     logits = torch.tensor([[1.0, 3, 2], [5, 4, 6]])
-    assert class_indices(logits, None).tolist() == [1, 2]
-    assert class_indices(logits, torch.tensor([-1, 0]), unknown=True).tolist() == [1, 0]  # not known: the predicted one
-    assert target_scores(logits, 0).tolist() == [1, 5]
-    assert target_scores(logits, [2, 1]).tolist() == [2, 4]
+    assert resolve_classes(logits, None).tolist() == [1, 2]
+    assert resolve_classes(logits, torch.tensor([-1, 0]), unknown=True).tolist() == [1, 0]  # not known: the predicted one
+    assert compute_scores(logits, 0).tolist() == [1, 5]
+    assert compute_scores(logits, [2, 1]).tolist() == [2, 4]
 
 
 def test_targets_are_what_they_say():

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scanlib.checkpoint import load_checkpoint, save_checkpoint
-from scanlib.trainer import Accuracy, Trainer, classifier_step
+from scanlib.trainer import Accuracy, Trainer, build_classifier_step
+from scanlib.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 class Killed(BaseException):
@@ -24,7 +24,7 @@ def build(checkpoint=None, seed=0, lr=0.01, dropout=0.3, **options):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(144, 2))
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, 200)
-    step = classifier_step(model, lambda x: x)
+    step = build_classifier_step(model, lambda x: x)
     return Trainer(
         model,
         step,

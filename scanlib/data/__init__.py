@@ -1,0 +1,5 @@
+"""Data sets: where do images come from?"""
+
+from scanlib.data.photos import PhotoFolder as PhotoFolder, read_image as read_image
+from scanlib.data.published import CUB200 as CUB200, MNIST as MNIST, ConText as ConText, ImageNetSubset as ImageNetSubset
+from scanlib.data.signs import SHAPES as SHAPES, Scene as Scene, Signs as Signs

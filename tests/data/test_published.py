@@ -1,0 +1,290 @@
+import struct
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from scanlib.data.published import CUB200, MNIST, ConText, ImageNetSubset
+
+DOWNLOADS = Path(__file__).parents[2] / "data" / "downloads"
+
+
+def save(path, size=(16, 12), colour=(200, 100, 50), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path, "JPEG")
+
+
+def message_of(error, make):
+    """The one line of the error that ``make`` raises."""
+    with pytest.raises(error) as raised:
+        make()
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+# --- MNIST ---
+
+
+def write_digits(root, name, count):
+    """Picture i is black, but for a pixel at row 3, column 20 of value 10 i + 10; its label is i % 10."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    pictures = torch.zeros(count, 28, 28, dtype=torch.uint8)
+    pictures[:, 3, 20] = torch.arange(count) * 10 + 10
+    (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pictures.numpy().tobytes())
+    (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(i % 10 for i in range(count)))
+
+
+@pytest.fixture
+def digits(tmp_path, monkeypatch):
+    def offline(*arguments, **options):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", offline)
+    write_digits(tmp_path, "train", 12)
+    write_digits(tmp_path, "t10k", 6)
+    return tmp_path
+
+
+def test_digits(digits):
+    train, test = MNIST(digits, True, 28), MNIST(str(digits), False, 28, download=False)
+    assert len(train) == 12 and len(test) == 6 and train.classes == list("0123456789")
+    assert [label for _, label in train] == [*range(10), 0, 1]
+    image, label = train[4]
+    assert image.shape == (3, 28, 28) and image.dtype == torch.float32 and type(label) is int and label == 4
+    assert image[:, 3, 20].tolist() == [50, 50, 50] and image.sum() == 150
+    images, labels = next(iter(DataLoader(train, 12)))
+    assert images.shape == (12, 3, 28, 28) and labels.dtype == torch.int64
+
+
+def test_digits_are_resized_in_place(digits):
+    """At twice the size a pixel of 50 becomes 2 x 2 of 0.75^2 * 50, and softer ones around it."""
+    image = MNIST(digits, True, 56)[4][0]
+    torch.testing.assert_close(image[:, 6:8, 40:42], torch.full((3, 2, 2), 50 * 0.75**2))
+    assert image.max() == 50 * 0.75**2 and image.min() == 0
+    torch.testing.assert_close(image.sum((1, 2)), torch.full((3,), 200.0))
+    assert MNIST(digits, True)[0][0].shape == (3, 260, 260)
+
+
+def test_first_digits(digits):
+    few = MNIST(digits, True, 28, classes=2)
+    assert few.classes == ["0", "1"] and few.labels == [0, 1, 0, 1]
+    assert [few[i][0].max().item() for i in range(4)] == [10, 20, 110, 120]
+    with pytest.raises(ValueError, match="classes 11 is out of range: .* has 10"):
+        MNIST(digits, classes=11)
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_no_digits(digits, download):
+    message = message_of(FileNotFoundError, lambda: MNIST(digits / "none", download=download))
+    assert str(digits / "none" / "MNIST" / "raw") in message and "train-images-idx3-ubyte" in message
+
+
+def test_cut_digits(digits):
+    file = digits / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert str(file.parent) in message_of(FileNotFoundError, lambda: MNIST(digits))
+
+
+def test_real_digits():
+    if not (DOWNLOADS / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").is_file():
+        pytest.skip("MNIST is not in data/downloads")
+    train, test = (MNIST(DOWNLOADS, part, 56, download=False) for part in (True, False))
+    assert len(train) == 60_000 and len(test) == 10_000
+    assert train.labels[:5] == [5, 0, 4, 1, 9] and test.labels[:5] == [7, 2, 1, 0, 4]
+    assert 200 < train[0][0].max() <= 255 and train[0][0].min() == 0
+    assert len(MNIST(DOWNLOADS, False, classes=2, download=False)) == 980 + 1135
+
+
+# --- Con-Text ---
+
+
+@pytest.fixture
+def shops(tmp_path):
+    for name, count in {"Cafe": 10, "Bakery": 5, "Pharmacy": 20}.items():
+        for i in range(count):
+            save(tmp_path / "JPEGImages" / name / f"{name}_{i:02}.jpg")
+    return tmp_path
+
+
+def test_shops(shops):
+    data = ConText(shops, True, 8, classes=3)
+    assert data.classes == ["Bakery", "Cafe", "Pharmacy"]
+    image, label = data[0]
+    assert image.shape == (3, 8, 8) and image.dtype == torch.float32 and label == 0
+    torch.testing.assert_close(image.mean((1, 2)), torch.tensor([200.0, 100, 50]), rtol=0, atol=2)
+    assert ConText(str(shops / "JPEGImages"), True, 8, classes=3).files == data.files
+    assert all(path.parent.name == data.classes[label] for path, label in zip(data.files, data.labels, strict=True))
+
+
+def test_four_fifths_of_every_class(shops):
+    train, test = (ConText(shops, part, 8, classes=3) for part in (True, False))
+    assert [train.labels.count(i) for i in range(3)] == [4, 8, 16] and [test.labels.count(i) for i in range(3)] == [1, 2, 4]
+    assert not set(train.files) & set(test.files)
+    assert {*train.files, *test.files} == set(shops.rglob("*.jpg"))
+
+
+def test_the_seed_draws_the_split(shops):
+    split = lambda seed, classes=3: ConText(shops, False, 8, classes, seed).files  # noqa: E731
+    assert split(0) == split(0) and split(0) != split(1)
+    assert split(0, classes=2) == split(0)[:3]  # fewer classes, the same pictures of them
+    state = torch.get_rng_state()
+    split(5)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_only_pictures_are_taken(shops):
+    before = ConText(shops, True, 8, classes=3).files
+    for name in ("._Cafe_00.jpg", "Thumbs.db", "notes.txt"):  # as an unpacked archive may leave them
+        (shops / "JPEGImages" / "Cafe" / name).write_text("no picture")
+    (shops / "JPEGImages" / ".AppleDouble").mkdir()
+    (shops / "JPEGImages" / "README.txt").touch()
+    assert ConText(shops, True, 8, classes=3).files == before
+
+
+# --- CUB-200-2011 ---
+
+RED = (255, 0, 0)
+BIRDS = [  # file, class, is it trained on, its box
+    ("001.Albatross/a_1.jpg", 1, 1, (1, 2, 3, 4)),
+    ("001.Albatross/a_2.jpg", 1, 0, (1, 2, 3, 4)),
+    ("002.Auklet/b_1.jpg", 2, 1, (60, 20, 60, 60)),
+    ("002.Auklet/b_2.jpg", 2, 0, (20, 60, 60, 60)),
+    ("002.Auklet/b_3.jpg", 2, 0, (0, 30, 80, 40)),
+    ("003.Bunting/c_1.jpg", 3, 1, (1, 2, 3, 4)),
+    ("003.Bunting/c_2.jpg", 3, 0, (1, 2, 3, 4)),
+]
+SIZES = {"b_1.jpg": (200, 100), "b_2.jpg": (100, 200), "b_3.jpg": (200, 100)}  # width, height
+
+
+@pytest.fixture
+def birds(tmp_path):
+    root = tmp_path / "CUB_200_2011"
+    for name, _, _, (x, y, w, h) in BIRDS:
+        (root / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.new("RGB", SIZES.get(Path(name).name, (16, 12)), "white")
+        picture.paste(RED, (x, y, x + w, y + h))
+        picture.save(root / "images" / name, quality=95, subsampling=0)
+    lines = {
+        "images": [name for name, *_ in BIRDS],
+        "image_class_labels": [bird[1] for bird in BIRDS],
+        "train_test_split": [bird[2] for bird in BIRDS],
+        "bounding_boxes": [" ".join(f"{x:.1f}" for x in bird[3]) for bird in BIRDS],
+        "classes": ["001.Albatross", "002.Auklet", "003.Bunting"],
+    }
+    for name, rows in lines.items():
+        (root / f"{name}.txt").write_text("".join(f"{i} {row}\n" for i, row in enumerate(rows, 1)))
+    return root
+
+
+def test_birds(birds):
+    data = CUB200(birds, True, 8, classes=3)
+    assert data.classes == ["001.Albatross", "002.Auklet", "003.Bunting"] and data.labels == [0, 1, 2]
+    image, label = data[2]
+    assert image.shape == (3, 8, 8) and image.dtype == torch.float32 and 0 <= image.min() < 50 and 200 < image.max() <= 255
+    assert label == 2 and len(data[0]) == 2
+
+
+def test_the_official_split(birds):
+    train, test = (CUB200(birds, part, 8, classes=3) for part in (True, False))
+    assert [path.name for path in train.files] == ["a_1.jpg", "b_1.jpg", "c_1.jpg"]
+    assert [path.name for path in test.files] == ["a_2.jpg", "b_2.jpg", "b_3.jpg", "c_2.jpg"] and test.labels == [0, 1, 1, 2]
+    assert [path.name for path in CUB200(birds, False, 8, classes=2).files] == ["a_2.jpg", "b_2.jpg", "b_3.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("train", "index", "size", "expected"),
+    [
+        (True, 1, 50, (5, 10, 35, 40)),  # 200 x 100: half the size, 25 pixels cut off at the left
+        (False, 1, 50, (10, 5, 40, 35)),  # 100 x 200: the same, at the top
+        (False, 2, 50, (0, 15, 15, 35)),  # reaches over the left edge
+        (True, 1, 150, (15, 30, 105, 120)),  # made larger
+    ],
+)
+def test_boxes_are_where_the_picture_shows_them(birds, train, index, size, expected):
+    image, _, box = CUB200(birds, train, size, classes=3, boxes=True)[index]
+    assert box.shape == (4,) and box.dtype == torch.float32 and box.tolist() == list(expected)
+    rows, columns = ((image[0] > 128) & (image[1] < 128)).nonzero().T
+    red = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
+    torch.testing.assert_close(red, box, rtol=0, atol=1)
+
+
+def test_boxes_make_batches(birds):
+    images, labels, boxes = next(iter(DataLoader(CUB200(birds, False, 8, classes=3, boxes=True), 4)))
+    assert images.shape == (4, 3, 8, 8) and labels.tolist() == [0, 1, 1, 2] and boxes.shape == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["images", "bounding_boxes.txt", "train_test_split.txt"])
+def test_birds_without_a_part(birds, name):
+    (birds / name).rename(birds / "elsewhere")
+    message = message_of(FileNotFoundError, lambda: CUB200(birds, classes=3))
+    assert f"no {name} in {birds};" in message and "CUB_200_2011.tgz" in message
+
+
+# --- ImageNet ---
+
+
+@pytest.fixture
+def wnids(tmp_path):
+    for part, count in (("train", 3), ("val", 2)):
+        for wnid in ("n01484850", "n01440764", "n01443537"):
+            for i in range(count):
+                save(tmp_path / part / wnid / f"{wnid}_{i}.JPEG")
+    return tmp_path
+
+
+def test_wnids(wnids):
+    train, test = (ImageNetSubset(wnids, part, 8, classes=2) for part in (True, False))
+    assert train.classes == test.classes == ["n01440764", "n01443537"]
+    assert train.labels == [0, 0, 0, 1, 1, 1] and test.labels == [0, 0, 1, 1]
+    assert {path.parent.parent.name for path in test.files} == {"val"}
+    image, label = test[3]
+    assert image.shape == (3, 8, 8) and image.dtype == torch.float32 and label == 1
+
+
+def test_classes_have_one_number_in_train_and_val(wnids):
+    """A class that val lacks must not shift those behind it."""
+    (wnids / "val" / "n01440764").rename(wnids / "val" / "n09999999")
+    assert set(ImageNetSubset(wnids, False, 8, classes=3).labels) == {1, 2}
+
+
+def test_unsorted_val(wnids):
+    (wnids / "val").rename(wnids / "sorted")
+    save(wnids / "val" / "ILSVRC2012_val_00000001.JPEG")
+    message = message_of(FileNotFoundError, lambda: ImageNetSubset(wnids, False, 8, classes=2))
+    assert str(wnids / "val") in message and "val is to be sorted into folders" in message
+
+
+# --- all of them ---
+
+
+def test_grey_pictures_have_three_channels(shops, birds, wnids):
+    for path in (shops / "JPEGImages" / "Bakery").iterdir():
+        save(path, mode="L")
+    save(birds / "images" / "001.Albatross" / "a_1.jpg", mode="L")
+    save(wnids / "train" / "n01440764" / "n01440764_0.JPEG", mode="L")
+    for data in (ConText(shops, classes=3), CUB200(birds, classes=3), ImageNetSubset(wnids, classes=3)):
+        image = data[0][0]
+        assert image.shape == (3, 260, 260) and torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+
+
+@pytest.mark.parametrize(
+    ("data", "folder", "expected"),
+    [(ConText, "", "JPEGImages"), (ImageNetSubset, "train", "n01440764"), (CUB200, "", "CUB_200_2011")],
+)
+def test_no_data(tmp_path, data, folder, expected):
+    message = message_of(FileNotFoundError, lambda: data(tmp_path / "none"))
+    assert str(tmp_path / "none" / folder) in message and expected in message
+    (tmp_path / "none" / folder / "empty").mkdir(parents=True)
+    assert str(tmp_path / "none" / folder) in message_of(FileNotFoundError, lambda: data(tmp_path / "none", classes=1))
+
+
+@pytest.mark.parametrize("classes", [4, 0, -1])
+def test_more_classes_than_there_are(shops, birds, wnids, classes):
+    for data, root in ((ConText, shops), (CUB200, birds), (ImageNetSubset, wnids)):
+        with pytest.raises(ValueError, match=f"classes {classes} is out of range: .* has 3$"):
+            data(root, classes=classes)

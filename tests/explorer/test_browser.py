@@ -1,0 +1,146 @@
+"""The explorer in a real browser: `pip install -e .[browser]`, a Chromium, then `make browser`. Skipped where one is missing.
+
+JupyterLab opens the notebook, runs all of it, and percentile, layer, strip, class and an upload must change the picture.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = (
+    os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+QUIET = "no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update disable-sync"
+FLAGS = [f"--{flag}" for flag in QUIET.split()]
+
+pytestmark = [
+    pytest.mark.skipif(not os.environ.get("SCANLIB_BROWSER"), reason="set SCANLIB_BROWSER=1, or call `make browser`"),
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium found; install one, or set CHROMIUM to its path"),
+]
+
+
+def served(arguments: list[str], address: str, environment: dict[str, str]) -> subprocess.Popen:
+    """A server, once it answers."""
+    with open(ROOT / "out" / "server.log", "w") as log:
+        server = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(address, timeout=2)
+            return server
+        except urllib.error.HTTPError:
+            return server
+        except OSError:
+            time.sleep(0.5)
+    server.kill()
+    raise RuntimeError(f"no answer from {address}; see out/server.log")
+
+
+@pytest.fixture
+def page(tmp_path):
+    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    with api.sync_playwright() as playwright:
+        options = {"executable_path": CHROMIUM, "args": FLAGS, "headless": True, "viewport": {"width": 1500, "height": 1400}}
+        context = playwright.chromium.launch_persistent_context(str(tmp_path / "profile"), **options)
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        yield page
+        context.close()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def drive(page, box, shots: Path, name: str) -> None:
+    """Turn every knob of the explorer in ``box``; its picture must change each time."""
+    picture = box.locator(".widget-image, img.jupyter-widgets").last
+
+    def changed(what, act):
+        before = picture.get_attribute("src")
+        act()
+        for _ in range(100):
+            if picture.get_attribute("src") != before:
+                return
+            page.wait_for_timeout(100)
+        raise AssertionError(f"{what} changed nothing")
+
+    handle = box.locator(".noUi-handle").first
+    changed("the percentile", lambda: (handle.focus(), page.keyboard.press("ArrowLeft")))
+    dropdowns = box.locator("select")
+    changed("the layer", lambda: dropdowns.nth(0).select_option(index=2))
+    changed("the film", lambda: box.get_by_role("button", name="percentile film").click())
+    box.screenshot(path=shots / f"{name}.png")
+    changed("the class", lambda: dropdowns.nth(1).select_option(index=3))
+    upload = shots / "upload.png"
+    Image.new("RGB", (80, 60), "orange").save(upload)
+    with page.expect_file_chooser() as chooser:
+        box.locator(".widget-upload").first.click()
+    changed("an upload", lambda: chooser.value.set_files(str(upload)))
+    saved = set((ROOT / "data" / "cache").glob("explorer_*.png"))
+    box.get_by_role("button", name="save").click()
+    for _ in range(100):
+        if new := set((ROOT / "data" / "cache").glob("explorer_*.png")) - saved:
+            break
+        page.wait_for_timeout(100)
+    assert new, "save wrote nothing"
+    new.pop().unlink()
+    box.screenshot(path=shots / f"{name}_saved.png")
+
+
+@pytest.fixture
+def shots():
+    folder = ROOT / "out"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "notebooks" / "10_explorer.ipynb", folder)  # JupyterLab saves what it ran
+    return folder
+
+
+def test_in_jupyterlab(page, shots):
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    quiet = ["--ServerApp.token=", "--ServerApp.password=", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
+    arguments = [sys.executable, "-m", "jupyterlab", "out", *quiet, "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]  # fmt: skip
+    server = served(arguments, f"{address}/api", {"SCANLIB_FAST": "1"} | os.environ)
+    try:
+        page.goto(f"{address}/lab/tree/10_explorer.ipynb?reset")
+        page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=120_000)
+        page.wait_for_timeout(2000)
+        page.locator(".lm-MenuBar-itemLabel").get_by_text("Run", exact=True).click()
+        page.locator(".lm-Menu-itemLabel").get_by_text("Run All Cells", exact=True).click()
+        box = page.locator(".jp-OutputArea-output", has=page.locator(".widget-upload")).first
+        box.wait_for(timeout=240_000)
+        box.scroll_into_view_if_needed()
+        page.wait_for_function("() => ![...document.querySelectorAll('.jp-InputPrompt')].some(p => p.textContent.includes('*'))", timeout=240_000)  # fmt: skip
+        drive(page, box, shots, "explorer_jupyterlab")
+        assert page.get_by_text("Traceback (most recent call last)").count() == 0
+    finally:
+        server.kill()
+
+
+def test_as_a_page_of_its_own(page, shots):
+    pytest.importorskip("voila", reason="pip install voila")
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    arguments = [sys.executable, "-m", "voila", "out/10_explorer.ipynb", "--no-browser", f"--port={port}"]
+    server = served(arguments, f"{address}/static/", {"SCANLIB_FAST": "1"} | os.environ)
+    try:
+        page.goto(address, timeout=300_000)
+        box = page.locator(".jp-OutputArea-output", has=page.locator(".widget-upload")).first
+        box.wait_for(timeout=300_000)
+        page.wait_for_timeout(3000)
+        drive(page, box, shots, "explorer_voila")
+        assert page.get_by_text("Traceback (most recent call last)").count() == 0
+    finally:
+        server.kill()

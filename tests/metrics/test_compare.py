@@ -1,0 +1,166 @@
+import csv
+
+import pytest
+import torch
+
+from scanlib import GradCAM, LayerCAM, SmallResNet
+from scanlib.metrics import (
+    build_class_score,
+    compute_auc,
+    compute_energy_inside,
+    compute_removal_curves,
+    make_box_masks,
+    make_random_maps,
+)
+from scanlib.metrics.compare import METRICS, compare
+
+
+@pytest.fixture
+def scene():
+    torch.manual_seed(0)
+    model = SmallResNet().eval()
+    images = torch.rand(5, 3, 32, 32) * 255
+    masks = make_box_masks(torch.tensor([[4.0, 4, 20, 20]]).expand(5, -1), (32, 32))
+    return model, images, masks
+
+
+def test_every_figure_is_that_of_the_metric_itself(scene):
+    model, images, masks = scene
+    explainer = GradCAM(model, "layer3")
+    found = compare(model, images, {"Grad-CAM": explainer}, list(METRICS), masks=masks, batch_size=2, progress=False)
+    classes = model(images).argmax(1)
+    maps = explainer(images, classes)
+    score = build_class_score(model, lambda x: x, classes)
+    assert list(found.values) == ["Grad-CAM", "random", "centre prior"] and list(found.values["random"]) == list(METRICS)
+    torch.testing.assert_close(found.maps["Grad-CAM"], maps, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.values["Grad-CAM"]["energy"], compute_energy_inside(maps, masks), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.values["random"]["energy"], compute_energy_inside(make_random_maps(5, (32, 32)), masks))
+    deletion, insertion = (compute_auc(curves) for curves in compute_removal_curves(score, images, found.maps["Grad-CAM"]))
+    torch.testing.assert_close(found.values["Grad-CAM"]["deletion"], deletion, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.values["Grad-CAM"]["insertion"], insertion, atol=1e-4, rtol=0)
+    lerf, morf, both = (found.values["random"][name] for name in ("ROAD LeRF", "ROAD MoRF", "ROAD"))
+    torch.testing.assert_close(both, (lerf - morf) / 2)
+    assert found.curves["Grad-CAM"]["deletion"].shape == (5, 11) and found.curves["random"]["ROAD MoRF"].shape == (5, 9)
+    assert found.values["centre prior"]["sensitivity"].tolist() == [0] * 5  # says the same of everything
+    assert found.values["random"]["sensitivity"].min() > 0.5
+    assert found.milliseconds["Grad-CAM"] > 0 and "random" not in found.milliseconds
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert "ROAD keeps 10, 20" in found.note
+    few = compare(model, images, {"Grad-CAM": explainer}, ["deletion"], progress=False)
+    assert "ROAD" not in few.note and "patches of" in few.note
+
+
+def test_intervals_wins_and_leaders_by_hand(scene):
+    model, images, _ = scene
+    share = lambda value: lambda x, target: torch.full((len(x), 32, 32), value)  # noqa: E731
+    ordered = {"figure": (-1, lambda case: case.maps.mean((1, 2)) + torch.tensor([0.0, 0, 0, 0, 1]) * (case.maps.mean() < 0.2))}
+    found = compare(model, images, {"a": share(0.1), "b": share(0.25)}, ordered, progress=False)
+    assert found.mean("a", "figure") == pytest.approx(0.3) and found.mean("b", "figure") == pytest.approx(0.25)
+    assert found.win("figure")["a"]["b"] == pytest.approx(80) and found.win("figure")["b"]["a"] == pytest.approx(20)
+    assert found.leader("figure") == "b"
+    low, high = found.interval("a", "figure")
+    assert low == pytest.approx(0.1) and high == pytest.approx(0.7)  # one picture in five of 1.1: drawn none to three times
+    assert found.interval("b", "figure") == pytest.approx((0.25, 0.25))
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    from scanlib.metrics.compare import Comparison
+
+    generator, inside = torch.Generator().manual_seed(0), 0
+    for trial in range(200):
+        values = torch.randn(60, generator=generator)
+        low, high = Comparison({"a": {"x": values}}, {"x": 1}, {}, {}, seed=trial).interval("a", "x", draws=500)
+        inside += low <= 0 <= high
+    assert 180 <= inside <= 199
+
+
+def test_tables(scene, tmp_path):
+    model, images, masks = scene
+    explainers = {"Grad-CAM": GradCAM(model, "layer3"), "Layer-CAM": LayerCAM(model, "layer3")}
+    found = compare(model, images, explainers, ("energy", "drop %"), masks=masks, progress=False, patch=4)
+    text = found.to_markdown(tmp_path / "table.md")
+    assert text == (tmp_path / "table.md").read_text("utf-8") == found._repr_markdown_() == str(found)
+    lines = text.splitlines()
+    assert lines[0] == "| map | energy (high) | drop % (low) | ms an image |" and len(lines) == 8
+    assert sum(line.count("**") for line in lines) == 4 and "centre prior" in lines[5] and lines[5].endswith("| - |")
+    assert "5 pictures" in lines[7] and "seed 0" in lines[7] and "patches of 4 px in 10 steps, fill mean" in lines[7]
+    found.to_csv(tmp_path / "table.csv")
+    rows = list(csv.DictReader(open(tmp_path / "table.csv", encoding="utf-8")))
+    assert [row["explainer"] for row in rows] == ["Grad-CAM", "Layer-CAM", "random", "centre prior"]
+    assert float(rows[0]["energy"]) == pytest.approx(found.mean("Grad-CAM", "energy"))
+    assert float(rows[0]["energy low"]) <= float(rows[0]["energy"]) <= float(rows[0]["energy high"])
+
+
+def test_targets_and_scan_objects(scene):
+    model, images, _ = scene
+
+    class Scanner:
+        def __call__(self, image):
+            raise AssertionError("asked for a confidence and a reconstruction")
+
+        def explain(self, images, target):
+            return target[:, None, None].expand(-1, 32, 32) / 10.0
+
+    own = {"class": (1, lambda case: case.maps.mean((1, 2)))}
+    assert compare(model, images, {"SCAN": Scanner()}, own, target=3, progress=False).mean("SCAN", "class") == pytest.approx(0.3)
+    classes = torch.arange(5)
+    assert compare(model, images, {"SCAN": Scanner()}, own, target=classes, progress=False).mean(
+        "SCAN", "class"
+    ) == pytest.approx(0.2)
+    one = compare(model, images[:1], {"Grad-CAM": GradCAM(model, "layer3")}, progress=False)
+    assert list(one.better) == ["deletion", "insertion", "ROAD", "drop %", "increase %"]  # without masks, no localisation
+    assert "Grad-CAM" in str(one)
+    assert " ± " not in str(one).splitlines()[2]  # one picture has no interval
+    assert torch.isnan(torch.tensor(one.interval("Grad-CAM", "deletion"))).all()
+
+
+def test_bad_input(scene):
+    model, images, masks = scene
+    explainers = {"Grad-CAM": GradCAM(model, "layer3")}
+    for arguments, words in (
+        ({"metrics": ["energie"], "masks": masks}, r"metrics \['energie'\] are not known; there are energy"),
+        ({"metrics": ["energy"]}, r"metrics \['energy'\] need masks"),
+        ({"explainers": {"random": explainers["Grad-CAM"]}}, "baselines that are always in"),
+        ({"images": images[:0]}, "images are empty"),
+        ({"target": [1, 2]}, "target has 2 classes for 5 images"),
+        ({"target": [3]}, "target has 1 classes for 5 images"),
+        ({"target": 10}, "target class 10 is out of range"),
+        ({"target": lambda output: output[0]}, "target is callable"),
+        ({"masks": masks[:4]}, r"masks have shape \(4, 32, 32\)"),
+        ({"masks": masks & False}, r"masks \[0, 1, 2, 3, 4\] of 5 are empty"),
+        ({"patch": 33}, "patch 33 does not fit"),
+        ({"explainers": {"broken": lambda x, target: x[:, 0] / 0 * 0}}, "broken: maps .* hold NaN"),
+        ({"explainers": {"raw": lambda x, target: x[:, 0]}}, "raw: maps run from .*; bring them to"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            compare(**{"model": model, "images": images, "explainers": explainers, "progress": False} | arguments)
+    model.train()
+    with pytest.raises(ZeroDivisionError):
+        compare(model, images, {"broken": lambda x, target: 1 / 0}, progress=False)
+    assert model.training  # as it was, exceptions included
+
+
+def test_maps_of_another_size_and_constant_ones(scene):
+    model, images, masks = scene
+    odd = {"coarse": lambda x, target: x[:, 0, ::4, ::4] / 255, "constant": lambda x, target: torch.ones(len(x), 32, 32)}
+    with pytest.warns(UserWarning, match=r"maps of \(8, 8\) are resized"):
+        found = compare(model, images, odd, list(METRICS), masks=masks, progress=False, steps=2, percentiles=(50,))
+    assert found.maps["coarse"].shape == (5, 32, 32)
+    assert all(found.values[name][metric].isfinite().all() for name in odd for metric in METRICS)
+    assert found.values["constant"]["energy"].tolist() == pytest.approx([256 / 1024] * 5)
+
+
+def test_standings_draws_means_and_intervals(scene):
+    import matplotlib.pyplot as plt
+
+    from scanlib.plots import plot_intervals
+
+    model, images, masks = scene
+    found = compare(model, images, {"Grad-CAM": GradCAM(model, "layer3")}, ("energy", "drop %"), masks=masks, progress=False)
+    figure = plot_intervals(found)
+    assert [axis.get_title() for axis in figure.axes] == ["energy (high)", "drop % (low)"]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["Grad-CAM", "random", "centre prior"]
+    interval, mean = figure.axes[0].lines[:2]
+    assert tuple(interval.get_xdata()) == found.interval("Grad-CAM", "energy")
+    assert float(mean.get_xdata()[0]) == found.mean("Grad-CAM", "energy")
+    plt.close(figure)
