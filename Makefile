@@ -14,9 +14,10 @@ demo: .venv/installed                ## execute the quickstart and leave its pag
 	$(BIN)/python -c "print(open('out/quickstart.txt').read())"
 
 test: export SCANLIB_FAST = 1
-test: .venv/installed-test           ## ruff, the tests, and every notebook
+test: .venv/installed-test           ## ruff, mypy, the tests, and every notebook
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks
 
@@ -48,4 +49,4 @@ browser: .venv/installed-test        ## the explorer in JupyterLab and Voila, dr
 	SCANLIB_BROWSER=1 $(BIN)/python -m pytest tests/explorer/test_browser.py -rs
 
 clean:
-	$(PYTHON) -c "import shutil; [shutil.rmtree(d, True) for d in ('.venv', 'out', 'build', '.pytest_cache', '.ruff_cache')]"
+	$(PYTHON) -c "import shutil; [shutil.rmtree(d, True) for d in ('.venv', 'out', 'build', '.pytest_cache', '.ruff_cache', '.mypy_cache')]"

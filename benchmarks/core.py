@@ -25,7 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from scanlib import SCAN, Signs, load_classifier
 from scanlib.decoders import PUBLISHED_WIDTHS
-from scanlib.hooks import FeatureTap, resolve_layer
+from scanlib.hooks import FeatureTap
+from scanlib.layers import resolve_layer
+from scanlib.loss import SelfConfidenceLoss
 from scanlib.metrics import build_class_score, evaluate_maps, make_centre_maps, make_random_maps
 from scanlib.models import Normalize
 
@@ -36,8 +38,8 @@ BATCH = 16
 def scene(case: str):
     """(model, layer, preprocess, image size) of a case."""
     if case == "cnn64":
-        target = load_classifier("signs_cnn")
-        return target.model, "layer4", target.preprocess, 64
+        classifier = load_classifier("signs_cnn")
+        return classifier.model, "layer4", classifier.preprocess, 64
     torch.manual_seed(0)
     if case == "resnet50":
         return torchvision.models.resnet50(weights=None).eval(), "layer4", Normalize(), 224
@@ -76,15 +78,16 @@ def straightforward(case: str, dataset: Dataset, epochs: int) -> tuple[SCAN, flo
     scanner.generate_decoder(**PUBLISHED)
     scanner.decoder.to(memory_format=torch.contiguous_format)  # as a module comes
     scanner.compile(6.0)
+    optimizer, criterion = scanner.trainer.optimizer, SelfConfidenceLoss(6.0)
     rng, start = np.random.default_rng(0), time.perf_counter()
     for _ in range(epochs):
         scanner.decoder.train()
         for images, labels in DataLoader(dataset, BATCH, shuffle=True):
-            features, target = straightforward_batch(model, layer, preprocess, images, labels, scanner.layout.grid[1], rng)
-            scanner.optimizer.zero_grad()
-            scanner.criterion(scanner.decoder(features), target).backward()
-            scanner.optimizer.step()
-    scanner._trained = True  # as far as the scanner knows, nobody called fit
+            features, reference = straightforward_batch(model, layer, preprocess, images, labels, scanner.layout.grid[1], rng)
+            optimizer.zero_grad()
+            criterion(scanner.decoder(features), reference).backward()
+            optimizer.step()
+    scanner.decoder_state.is_trained = True  # as far as the scanner knows, nobody called fit
     return scanner, (time.perf_counter() - start) / epochs
 
 
@@ -172,10 +175,10 @@ def quality_table(images: int, scenes: int) -> str:
     data = list(Signs(images))
     fresh, _, masks = map(list, zip(*Signs(scenes, seed=1, masks=True), strict=True))
     fresh, masks = torch.stack(fresh), torch.stack(masks)
-    target = load_classifier("signs_cnn")
+    classifier = load_classifier("signs_cnn")
     with torch.no_grad():
-        classes = target.model(target.preprocess(fresh)).argmax(1)
-    score = build_class_score(target.model, target.preprocess, classes)
+        classes = classifier.model(classifier.preprocess(fresh)).argmax(1)
+    score = build_class_score(classifier.model, classifier.preprocess, classes)
     lines = [
         "| map | epochs | seconds | energy inside | peak inside | IoU | deletion (low) | insertion (high) |",
         "|---" * 8 + "|",
@@ -188,7 +191,7 @@ def quality_table(images: int, scenes: int) -> str:
 
     for name, train, epochs in (("straightforward", straightforward, 2), ("ours", partial(ours, decoder={}), 4)):
         scanner, seconds = train("cnn64", data, epochs)
-        add(name, epochs, round(seconds * epochs), scanner.explain(fresh, classes))
+        add(name, epochs, round(seconds * epochs), scanner.as_explainer()(fresh, classes))
     add("random", "-", "-", make_random_maps(scenes, (64, 64)))
     add("centre prior", "-", "-", make_centre_maps(scenes, (64, 64)))
     return "\n".join(lines)

@@ -41,6 +41,7 @@ from scanlib.explainers.base import (  # noqa: E402
     normalize_map,
     to_channels_last,
 )
+from scanlib.explainers.formulas import compute_first_component  # noqa: E402
 from scanlib.hooks import FeatureTaps  # noqa: E402
 from scanlib.metrics import build_class_score  # noqa: E402
 
@@ -53,7 +54,7 @@ IN_GRAD_CAM = {"KPCACAM": "KPCA_CAM"}
 WEIGHED = ("GradCAM", "LayerCAM", "EigenCAM", "FullGrad", CLASSES, "ScoreCAM", "AblationCAM")  # a process each takes its time
 NAMES = {"cnn64": "Signs CNN, 64 px", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "vit": "ViT-Tiny"}
 SAMPLES = 2  # of SS-CAM and IS-CAM, everywhere: their papers' 35 and 10 cost the same a sample
-KNOWN = {  # why maps differ; tests/test_cams_peers.py shows each
+KNOWN = {  # why maps differ; tests/explainers/test_cams_peers.py shows each
     ("GradCAMPlusPlus", "torchcam"): "it never divides",
     ("SmoothGradCAMPlusPlus", "torchcam"): "it keeps the last sample",
     ("ISCAM", "torchcam"): "its strengths add up",
@@ -71,9 +72,9 @@ def scene(case: str):
     """(model, layer, images as the model takes them): eight of them, seeded."""
     torch.manual_seed(0)
     if case == "cnn64":
-        target = scanlib.load_classifier("signs_cnn")
+        classifier = scanlib.load_classifier("signs_cnn")
         scenes = torch.stack([image for image, _ in scanlib.Signs(8)])
-        return target.model, "layer4", target.preprocess(scenes)
+        return classifier.model, "layer4", classifier.preprocess(scenes)
     images = torch.randn(8, 3, 224, 224)
     if case.startswith("resnet"):
         return getattr(torchvision.models, case)(weights=None).eval(), "layer4", images
@@ -98,7 +99,7 @@ def calls(case: str, method: str, model, layer: str, images: Tensor) -> dict[str
         classes = model(x).argmax(1).tolist()
     if method == CLASSES:
         every = list(range(10))
-        found["scanlib"] = lambda: scanlib.GradCAM(model, layer).for_classes(x, every)[0]
+        found["scanlib"] = lambda: scanlib.GradCAM(model, layer).explain_classes(x, every)[0]
         one_by_one = {
             name: [calls_of(name, case, "GradCAM", model, layer, x, [k]) for k in every] for name in ("torchcam", "grad-cam")
         }
@@ -197,7 +198,7 @@ def bare_runs(method: str, model, layer: str, images: Tensor) -> tuple[Callable,
     """
     x, times = to_channels_last(images[: count_of(method)]), 4.0 if method == "SmoothGradCAMPlusPlus" else 1.0
     if method.startswith(("ScoreCAM", "SSCAM", "ISCAM")):
-        with FeatureTaps(model, [layer], graph=None) as taps:
+        with FeatureTaps(model, [layer], record=None) as taps:
             taps(x)
             runs = taps.layouts[0].to_maps(taps.features[0]).shape[1] * (1 if method.startswith("Score") else SAMPLES)
         x = to_channels_last(x.expand(choose_batch_size(x), -1, -1, -1))
@@ -247,7 +248,7 @@ def memory_row(method: str) -> str:
 def component_row(channels: int, side: int) -> str:
     """First component alone, with nothing else around it."""
     A = torch.rand(1, channels, side, side, generator=torch.Generator().manual_seed(0))
-    functions = {"scanlib": lambda: scanlib.formulas.first_component(A), "grad-cam": lambda: get_2d_projection(A.numpy())}
+    functions = {"scanlib": lambda: compute_first_component(A), "grad-cam": lambda: get_2d_projection(A.numpy())}
     seconds, results = best_of(functions)
     ours, theirs = results["scanlib"][0], torch.from_numpy(results["grad-cam"][0])
     difference = min(float((ours - sign * theirs).abs().max()) for sign in (1, -1)) / float(ours.abs().max())
@@ -363,8 +364,8 @@ weights but for that. SS-CAM and IS-CAM with {SAMPLES} samples in all packages. 
 `by runs` is what it would be if ours were nothing but the method's runs of the whole model in single precision, without
 gradients: one on the same images, four of SmoothGrad-CAM++, of Score-CAM's family one for each channel and sample. `runs` is
 our time over theirs. Where it is below 1, what lies behind the layer is not run, bfloat16 runs it, or the machine was quicker
-just then. Agreement is the largest difference of the normalised maps; where they differ, `tests/test_cams_peers.py` shows
-why.
+just then. Agreement is the largest difference of the normalised maps; where they differ,
+`tests/explainers/test_cams_peers.py` shows why.
 
 | model | method | scanlib, ms | torchcam, ms | grad-cam, ms | faster | by runs | runs | agreement |
 |---|---|---|---|---|---|---|---|---|

@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 import scanlib
 from scanlib import SCAN
 from scanlib.data import read_image
+from scanlib.explainers import explain_log_probability
 from scanlib.metrics import (
     Comparison,
     ScoreFunction,
@@ -51,7 +52,6 @@ from scanlib.metrics import (
     make_random_maps,
 )
 from scanlib.models import Normalize
-from scanlib.targets import against_others
 from scanlib.training import load_checkpoint, save_checkpoint
 
 SIZE = 224
@@ -107,7 +107,7 @@ def network(name: str, weights: Path) -> tuple[torch.nn.Module, str, Normalize]:
 
 def state_of(folders) -> str:
     """A checksum of all that what is kept depends on."""
-    code = [Path(__file__), *sorted(Path(scanlib.__file__).parent.glob("*.py"))]
+    code = [Path(__file__), *sorted(Path(scanlib.__file__).parent.rglob("*.py"))]
     names = sorted(path.name for folder in (folders.photographs, folders.boxes / "images") for path in folder.iterdir())
     parts = [path.read_bytes() for path in [*code, *sorted(folders.weights.glob("*.pth"))]]
     return f"{zlib.crc32(' '.join(names).encode(), zlib.crc32(b''.join(parts))):08x}"
@@ -213,7 +213,7 @@ class Bench:
             pictures = pictures[:: round(1 / setting.share)]
             loader = DataLoader(TensorDataset(views(pictures, setting.views)), 32, shuffle=True)
             self.cache.clear()  # one at a time: settings that share their pictures' encoding should stand together
-            self.cache[key] = scanner.encoded(loader)
+            self.cache[key] = scanner.encode_dataset(loader)
         scanner.set_dataset(self.cache[key], setting.percentiles)
         schedule = {"max_lr": setting.rate, "total_steps": epochs * len(self.cache[key])}
         one_cycle = torch.optim.lr_scheduler.OneCycleLR
@@ -246,7 +246,7 @@ class Bench:
 
 def scored(explain, score: str):
     """What an explainer explains of a class: "" its logit, "log p" the logarithm of its probability."""
-    return against_others(explain) if score else explain
+    return explain_log_probability(explain) if score else explain
 
 
 def centre_times(explain, images: Tensor, classes) -> Tensor:
@@ -284,7 +284,7 @@ def table(bench: Bench, settings: list[Setting], wanted) -> Comparison:
             name = called(f"SCAN, {setting.name}, P {several}" + (f", x {evidence}" if evidence else ""), score)
             seeds.setdefault(name, []).append(f"{name}, seed {seed}")
             by = bench.explainer(evidence) if evidence else None
-            rows[f"{name}, seed {seed}"] = scored(partial(scanner.explain, percentile=percentile, evidence=by), score)
+            rows[f"{name}, seed {seed}"] = scored(scanner.as_explainer(percentile, by), score)
     better = {f"{way}, {measure}": sign for measure in wanted for way, sign in (("deletion", -1), ("insertion", 1))}
     better |= {f"energy, {MEASURES[measure][0]}": 1 for measure in wanted}
     found = Comparison({}, better, {}, {})

@@ -13,7 +13,6 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +61,7 @@ def rows(bench: Bench) -> Iterator[tuple[str, Tensor]]:
     yield "the oracle", falls.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
     for share in (1, 0.5, 0.125):
         scanner = bench.decoder(replace(SETTING, share=share), seed=0)
-        explain = partial(scanner.explain, percentile=PERCENTILES)
-        yield f"SCAN, {share:g} of the pictures", maps_of(explain, view.images, view.classes)
+        yield f"SCAN, {share:g} of the pictures", maps_of(scanner.as_explainer(PERCENTILES), view.images, view.classes)
         if share == 1:
             yield "SCAN, masked by the oracle", oracle_masked(scanner, view, falls)
 

@@ -1,4 +1,4 @@
-"""Train what ships in data/checkpoints, from nothing: the Signs classifiers, their SCAN decoders, and a SCOUTER of either sign.
+"""Train the checkpoints in data/checkpoints: the classifiers for Signs, their SCAN decoders, and two SCOUTERs.
 
 python data/make_checkpoints.py                 # all, about 12 minutes on 2 CPU cores
 python data/make_checkpoints.py signs_cnn       # one of them
@@ -6,82 +6,81 @@ python data/make_checkpoints.py signs_cnn       # one of them
 
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from scanlib import SCAN, Signs, SmallResNet, Trainer, build_small_vit, load_classifier
 from scanlib.models import CHECKPOINTS, Normalize
-from scanlib.scouter.recipes import PRESETS, save_trained, train_recipe
+from scanlib.scouter import PRESETS, train_recipe
 from scanlib.trainer import Accuracy, build_classifier_step
-from scanlib.training import save_checkpoint
+from scanlib.training import load_checkpoint, save_checkpoint
 
 
-def in_memory(scenes: Signs) -> TensorDataset:
-    """Draw every scene once."""
-    images, labels = zip(*scenes, strict=True)
+def draw_scenes(count: int) -> TensorDataset:
+    images, labels = zip(*Signs(count), strict=True)
     return TensorDataset(torch.stack(images), torch.tensor(labels))
 
 
-def train_classifier(name: str, model: nn.Module, scenes: int, epochs: int, learning_rate: float, mirror: bool = False) -> None:
-    loader = DataLoader(in_memory(Signs(scenes)), batch_size=64, shuffle=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, epochs * len(loader))
-    plain = build_classifier_step(model, Normalize())
+def convert_to_half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
 
-    def step(batch, training):
+
+def build_cnn() -> SmallResNet:
+    return SmallResNet().to(memory_format=torch.channels_last)
+
+
+def train_classifier(name: str, build: Callable[[], nn.Module], scenes: int, epochs: int, rate: float, mirror: bool) -> None:
+    torch.manual_seed(0)
+    model = build()
+    loader = DataLoader(draw_scenes(scenes), batch_size=64, shuffle=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+    scheduler = OneCycleLR(optimizer, rate, epochs * len(loader))
+    classifier_step = build_classifier_step(model, Normalize())
+
+    def step(batch: tuple[Tensor, Tensor], training: bool) -> tuple:
         images, labels = batch
         if training and mirror:
             images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
-        return plain((images, labels), training)
+        return classifier_step((images, labels), training)
 
-    trainer = Trainer(model, step, optimizer, scheduler, scheduler_interval="step", metrics=[Accuracy()])
-    trainer.fit(loader, epochs)
-    half = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
-    save_checkpoint(half, CHECKPOINTS / f"{name}.pt")
-
-
-def train_signs_cnn() -> None:
-    torch.manual_seed(0)
-    train_classifier("signs_cnn", SmallResNet().to(memory_format=torch.channels_last), 3000, 8, 3e-3)
-
-
-def train_signs_vit() -> None:
-    torch.manual_seed(0)
-    train_classifier("signs_vit", build_small_vit(), 10_000, 9, 1e-3, mirror=True)
+    Trainer(model, step, optimizer, scheduler, scheduler_interval="step", metrics=[Accuracy()]).fit(loader, epochs)
+    save_checkpoint(convert_to_half(model.state_dict()), CHECKPOINTS / f"{name}.pt")
 
 
 def train_decoder(
-    name: str, alpha: float, epochs: int, batch_size: int, learning_rate: float, percentiles, mask_by: str = "gradient", **decoder
+    name: str, alpha: float, epochs: int, batch_size: int, rate: float, percentiles: tuple[int, int], mask_by: str = "gradient"
 ) -> None:
     torch.manual_seed(0)
-    target = load_classifier(name)
-    loader = DataLoader(in_memory(Signs(3000)), batch_size=batch_size, shuffle=True)
-    scanner = SCAN(target.model, target.layer, target.image_size, device="cpu", mask_by=mask_by)
-    scanner.set_preprocess(target.preprocess).set_dataset(loader, use_augmentation=percentiles).generate_decoder(**decoder)
-    schedule = {"max_lr": learning_rate, "total_steps": epochs * len(loader)}
-    one_cycle = torch.optim.lr_scheduler.OneCycleLR
-    scanner.compile(alpha, scheduler_class=one_cycle, scheduler_kwargs=schedule, scheduler_interval="step")
+    classifier = load_classifier(name)
+    loader = DataLoader(draw_scenes(3000), batch_size=batch_size, shuffle=True)
+    scanner = SCAN(classifier.model, classifier.layer, classifier.image_size, device="cpu", mask_by=mask_by)
+    scanner.set_preprocess(classifier.preprocess).set_dataset(loader, use_augmentation=percentiles)
+    scanner.generate_decoder(is_Transformer=False)
+    schedule = {"max_lr": rate, "total_steps": epochs * len(loader)}
+    scanner.compile(alpha, scheduler_class=OneCycleLR, scheduler_kwargs=schedule, scheduler_interval="step")
     scanner.fit(epochs)
-    notes = {"model": name, "weights": "DEFAULT", "layer": target.layer}
+    notes = {"model": name, "weights": "DEFAULT", "layer": classifier.layer}
     scanner.save_decoder(CHECKPOINTS / f"{name}_decoder.pt", half=True, notes=notes)
 
 
 def train_scouter(head: str) -> None:
-    path, recipe = CHECKPOINTS / f"signs_scouter_{head}.pt", PRESETS[f"signs-{head}"]
-    model, history = train_recipe(recipe, path, "cpu")
-    save_trained(model, recipe, Signs.classes, path, {name: values[-1] for name, values in history.items()}, half=True)
+    path = CHECKPOINTS / f"signs_scouter_{head}.pt"
+    train_recipe(PRESETS[f"signs-{head}"], path, "cpu")
+    checkpoint = load_checkpoint(path)
+    save_checkpoint(checkpoint | {"state_dict": convert_to_half(checkpoint["state_dict"])}, path)
 
 
 RECIPES = {
-    "signs_cnn": train_signs_cnn,
-    "signs_cnn_decoder": partial(
-        train_decoder, "signs_cnn", 6.0, 4, 16, 8e-3, (70, 100)
-    ),  # alpha 6: a map of 1/7; a sign covers a tenth
-    "signs_vit": train_signs_vit,
-    "signs_vit_decoder": partial(train_decoder, "signs_vit", 8.0, 6, 32, 5e-3, (90, 100), "relevance", is_Transformer=False),
+    "signs_cnn": partial(train_classifier, "signs_cnn", build_cnn, 3000, 8, 3e-3, mirror=False),
+    # alpha 6 allows a map of 1/7 of the image; a sign covers about a tenth
+    "signs_cnn_decoder": partial(train_decoder, "signs_cnn", 6.0, 4, 16, 8e-3, (70, 100)),
+    "signs_vit": partial(train_classifier, "signs_vit", build_small_vit, 10_000, 9, 1e-3, mirror=True),
+    "signs_vit_decoder": partial(train_decoder, "signs_vit", 8.0, 6, 32, 5e-3, (90, 100), "relevance"),
     "signs_scouter_positive": partial(train_scouter, "positive"),
     "signs_scouter_negative": partial(train_scouter, "negative"),
 }
@@ -89,7 +88,7 @@ RECIPES = {
 if __name__ == "__main__":
     for name in sys.argv[1:] or RECIPES:
         if name not in RECIPES:
-            raise SystemExit(f"nothing makes {name!r}; take one of {', '.join(RECIPES)}")
+            raise SystemExit(f"checkpoint {name!r} not found; choose from {', '.join(RECIPES)}")
         start = time.time()
         RECIPES[name]()
-        print(f"made {CHECKPOINTS / name}.pt in {time.time() - start:.0f} s")
+        print(f"wrote {CHECKPOINTS / name}.pt in {time.time() - start:.0f} s")

@@ -1,20 +1,21 @@
-"""Tap one layer of a frozen model: what flowed there, and what the score owes to it.
+"""Read a layer's features in a frozen model, and the gradient of a score at that layer.
 
-``FeatureTap`` hooks a layer, keeps its output F, and differentiates any score y_c with respect to F. Only the part
-of the model *behind* the layer is recorded: the hook cuts the graph (``output.detach()``) and starts a new one from
-there, the "detached tail". So it works on frozen parameters and under ``torch.no_grad``, costs no backward pass through
-the front, and never writes a ``.grad``.
+``FeatureTap`` hooks a layer, keeps its output F, and differentiates any score y_c with respect to F. The hook passes a detached
+copy of F on, so that autograd records only the part of the model after the layer. This works with frozen parameters and under
+``torch.no_grad``, needs no backward pass through the layers before, and never writes a ``.grad``.
 
     with FeatureTap(model, "layer4") as tap:
         logits = tap(inputs)                    # (B, K)
         features = tap.features                 # (B, C, h, w), as the layer returned it
         gradient = tap.gradient(target=3)       # the same shape: d logits[:, 3] / d features
-        maps = tap.layout.to_maps(gradient)     # (B, C, h, w), whatever the layer's layout
+        maps = tap.layout.to_maps(gradient)     # any layout -> (B, C, h, w)
 """
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,82 +26,83 @@ from scanlib.targets import Target, compute_scores
 
 
 class FeatureTaps:
-    """Capture the outputs of several layers in one forward, and the gradient of any score at each of them.
+    """Outputs of several layers in one forward pass, and the gradient of any score at each of them.
+
+    A context manager: the hooks exist only inside ``with``. The model runs in eval mode and gets its own modes back, also after
+    an exception. One forward pass serves any number of targets. If a layer runs several times, its last output is kept.
 
     Args:
-        model: any module whose output ``get_logits`` understands.
+        model: a module whose output ``get_logits`` accepts.
         layers: names, modules, or indices into ``list(model.modules())[1:]``.
-        graph: what to record. "tail": from the first of the layers on, nothing in front of it. "whole": everything, down to
-            inputs and weights. None: nothing, features only.
-        twice: let the gradients be differentiated again.
+        record: the part of the autograd graph to keep. "after": from the first of these layers on. "all": from the inputs and
+            weights on. None: nothing, for features without gradients.
+        create_graph: whether the gradients can be differentiated again.
 
-    A context manager: the hooks are in place inside ``with`` and gone afterwards, exceptions included. The model runs in
-    eval mode and gets its own modes back. One forward serves any number of targets. If a layer runs several times
-    in one forward (a shared ReLU), the last run is kept.
-
-    Attributes after a call, each a list in the order of the layers: ``features`` (as the layers returned them; detached, but for
-    graph="whole"), ``captured`` (the same, as they stand in the graph), ``layouts``; and ``logits``, the model's outputs.
+    Attributes after a call, each a list in the order of the layers: ``features`` (as the layers returned them; detached unless
+    record="all"), ``captured`` (the same, part of the graph), ``layouts``. And ``logits``, the model's outputs.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[str | int | nn.Module], *, graph: str | None = "tail", twice: bool = False
+        self, model: nn.Module, layers: Sequence[str | int | nn.Module], record: str | None = "after", create_graph: bool = False
     ):
-        self.model, self.graph, self.twice = model, graph, twice
+        self.model, self.record, self.create_graph = model, record, create_graph
         resolved = [resolve_layer(model, layer) for layer in layers]
         self.names, self.layers = [name for name, _ in resolved], [layer for _, layer in resolved]
-        self.logits: Tensor | None = None
+        self.logits: Any = None
         self._input_size: tuple[int, ...] = ()
         self._captured: dict[int, Tensor] = {}
-        self._handles: list | None = None
-        self._running = False
+        self._hooks, self._is_open = contextlib.ExitStack(), False
+        self._thread: int | None = None  # the thread in which the tap runs the model
 
     def __enter__(self):
-        if self._handles is not None:
-            raise RuntimeError(f"this {type(self).__name__} is already open; make another for a second use")
-        self._handles = [layer.register_forward_hook(partial(self._capture, i)) for i, layer in enumerate(self.layers)]
+        if self._is_open:
+            raise RuntimeError(f"this {type(self).__name__} is already open; create another one for a second use")
+        self._is_open = True
+        for index, layer in enumerate(self.layers):
+            self._hooks.enter_context(layer.register_forward_hook(partial(self._capture, index)))
         return self
 
     def __exit__(self, *exception) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._captured, self.logits = None, {}, None  # let the graph go
+        self._hooks.close()
+        self._is_open, self._captured, self.logits = False, {}, None  # free the graph
 
-    def _capture(self, index, module, inputs, output):
-        if not self._running:  # someone else runs the model while the tap is open
+    def _capture(self, index: int, module: nn.Module, inputs: tuple, output: Any) -> Any:
+        """Keep the layer's output, and return what the model continues with."""
+        if self._thread != threading.get_ident():  # not this tap's run of the model
             return output
         tensor = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(tensor, Tensor):
             raise TypeError(f"layer {self.names[index]!r} returns {type(tensor).__name__}; tap a layer that returns a tensor")
-        if self.graph is None:
-            self._captured[index] = tensor.detach().clone()  # clone: it may be an input, or be worked on in place
+        if self.record is None:
+            self._captured[index] = tensor.detach().clone()  # the model may change the tensor in place
             return output
-        if tensor.requires_grad and torch.is_grad_enabled():  # behind another of the layers, or the whole graph is kept
+        if tensor.requires_grad and torch.is_grad_enabled():  # part of a recorded graph already
             captured = tensor.clone() if any(tensor is given for given in inputs) else tensor
-        else:  # cut: nothing in front of the layer is recorded
+        else:
             captured = tensor.detach().clone().requires_grad_()
-            torch.set_grad_enabled(True)  # record the tail only; __call__ restores the caller's mode
+            torch.set_grad_enabled(True)  # record from here on; __call__ restores the caller's mode
         self._captured[index] = captured
-        passed_on = captured.clone()  # an in-place operation behind the layer must not change the features
+        passed_on = captured.clone()  # an in-place operation after the layer must not change the features
         if not isinstance(output, (tuple, list)):
             return passed_on
-        rebuild = getattr(type(output), "_make", type(output))  # named tuples build themselves by _make
+        rebuild = getattr(type(output), "_make", type(output))  # for named tuples
         return rebuild([passed_on, *output[1:]])
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Run the model on (B, 3, H, W), already preprocessed. Returns its outputs, (B, K) logits as a rule, detached."""
-        if self._handles is None:
+    def __call__(self, inputs: Tensor) -> Any:
+        """Run the model on preprocessed inputs (B, 3, H, W). Returns its outputs, detached; (B, K) for a classifier."""
+        if not self._is_open:
             name = type(self).__name__
             raise RuntimeError(f"{name} is not active; use it as `with {name}(model, layer) as tap: tap(inputs)`")
-        self._captured, self._running = {}, True
+        self._captured, self._thread = {}, threading.get_ident()
         try:
-            with torch.inference_mode(False), torch.set_grad_enabled(self.graph == "whole"), eval_mode(self.model):
+            with torch.inference_mode(False), torch.set_grad_enabled(self.record == "all"), eval_mode(self.model):
                 if inputs.is_inference():
-                    inputs = inputs.clone()  # an inference tensor can not take part in a graph
+                    inputs = inputs.clone()  # an inference tensor cannot take part in a graph
                 # fused attention has no second derivative
-                with sdpa_kernel(SDPBackend.MATH) if self.twice else contextlib.nullcontext():
+                with sdpa_kernel(SDPBackend.MATH) if self.create_graph else contextlib.nullcontext():
                     self.logits = get_logits(self.model(inputs))
         finally:
-            self._running = False
+            self._thread = None
         for index, name in enumerate(self.names):
             if index not in self._captured:
                 raise RuntimeError(f"layer {name!r} did not run in the forward pass; tap a layer that the model calls")
@@ -118,59 +120,62 @@ class FeatureTaps:
         return [self._captured[index] for index in range(len(self.names))]
 
     @property
-    def features(self) -> list[Tensor]:
-        return [tensor if self.graph == "whole" else tensor.detach() for tensor in self.captured]
+    def features(self) -> Any:
+        return [tensor if self.record == "all" else tensor.detach() for tensor in self.captured]
 
     def gradients(self, target: Target = None) -> list[Tensor]:
-        """d score / d features, one for each layer, shaped like its features; part of a graph themselves with ``twice``.
+        """Compute d score / d features for each layer, shaped like its features.
 
-        target: None (predicted class), a class, one class per image, or a callable (one, or one per image) from an
-        image's output row (K,) to a scalar. Raises ValueError for a class out of range, a wrong count, or a score
-        that does not depend on a layer at all (a side branch).
+        target: None (predicted class), a class, one class per image, or callables; see ``scanlib.targets``. Raises ValueError
+        for a class out of range, a wrong count, or a score that does not depend on a layer (a side branch).
         """
-        gradients = self._gradients(self.captured, target)
-        for name, gradient in zip(self.names, gradients, strict=True):
+        gradients = []
+        for name, gradient in zip(self.names, self._compute_gradients(self.captured, target), strict=True):
             if gradient is None:
-                raise self._unread(name)
+                raise self._no_gradient_error(name)
+            gradients.append(gradient)
         return gradients
 
-    def _gradients(self, tensors: Sequence[Tensor], target: Target) -> list[Tensor | None]:
-        """The score's gradient at any tensors of the run; None where it does not depend on one."""
+    def _compute_gradients(self, tensors: Sequence[Tensor], target: Target) -> list[Tensor | None]:
+        """Differentiate the score by any tensors of the run; None where it does not depend on one."""
         with torch.inference_mode(False), torch.enable_grad():
-            score = compute_scores(self.logits, target).sum()  # images are independent in eval mode: one backward for all
-            asked = [tensor for tensor in tensors if tensor.requires_grad] if score.requires_grad else []
-            options = {"retain_graph": True, "create_graph": self.twice, "allow_unused": True}
-            found = torch.autograd.grad(score, asked, **options) if asked else ()
-        by_tensor = dict(zip(map(id, asked), found, strict=True))
-        return [by_tensor.get(id(tensor)) for tensor in tensors]
+            score = compute_scores(self.logits, target).sum()  # in eval mode images are independent: one backward for all
+            wanted = [tensor for tensor in tensors if tensor.requires_grad and score.requires_grad]
+            if not wanted:
+                return [None] * len(tensors)
+            found = iter(torch.autograd.grad(score, wanted, retain_graph=True, create_graph=self.create_graph, allow_unused=True))
+        return [next(found) if tensor.requires_grad else None for tensor in tensors]
 
-    def _unread(self, name: str) -> ValueError:
-        advice = "tap one on the way to the output, outside any no_grad of the model"
-        return ValueError(f"the score does not depend on layer {name!r}; {advice}")
+    def _no_gradient_error(self, name: str) -> ValueError:
+        return ValueError(f"the score does not depend on layer {name!r}; tap one that the output depends on, outside any no_grad")
 
 
 class FeatureTap(FeatureTaps):
-    """Capture one layer's output, and the gradient of any score at that layer: ``FeatureTaps`` for a single layer.
+    """Output of one layer, and the gradient of any score there: ``FeatureTaps`` for a single layer.
 
-    Attributes after a call: ``features`` (as the layer returned them, detached), ``logits``, ``layout``.
+    Attributes after a call: ``features`` (the layer's output, in its own layout, detached), ``logits``, ``layout``.
     """
+
+    layout: Layout
 
     def __init__(self, model: nn.Module, layer: str | int | nn.Module):
         super().__init__(model, [layer])
         self.name, self.layer = self.names[0], self.layers[0]
-        self.layout: Layout | None = None
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """``FeatureTaps``'s, and a layer without a spatial extent is refused at once."""
+    def __call__(self, inputs: Tensor) -> Any:
+        """Run the model as ``FeatureTaps`` does. Raises ValueError for a layer without a spatial extent."""
         logits = super().__call__(inputs)
         self.layout = self.layouts[0]
         return logits
 
     @property
     def features(self) -> Tensor:
-        """The layer's output, detached, in the layer's own layout."""
         return super().features[0]
 
     def gradient(self, target: Target = None) -> Tensor:
-        """d score / d features, shaped like ``features``; see ``FeatureTaps.gradients``."""
+        """Compute d score / d features, shaped like ``features``; see ``FeatureTaps.gradients``."""
         return self.gradients(target)[0]
+
+    def gradient_and_relevance(self, target: Target = None) -> tuple[Tensor, Tensor | None]:
+        """Return ``gradient`` and no relevance; ``RelevanceTap`` returns both."""
+        return self.gradient(target), None

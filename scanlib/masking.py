@@ -1,11 +1,11 @@
-"""What SCAN's decoder is given, and what it shall make of it: masked features, and a picture without detail.
+"""SCAN's masks and reconstruction targets: the decoder gets masked features, and must reconstruct a blurred image.
 
-SCAN (arXiv 2603.06523), Eq. 1: with G the positive gradient at the layer, Q the P-th percentile of its positive entries,
-masked features = F * [G >= Q], image by image. The target is the picture blurred to the layer's grid.
+SCAN (arXiv 2603.06523), Eq. 1: with F the features of a layer, G the positive part of the gradient there, and Q the P-th
+percentile of G's positive entries, computed for each image, masked features = F * [G >= Q].
 
-    scores = compute_mask_scores(features, gradient, "gradient")                        # (B, C, h, w)
-    masked = features * (scores >= compute_threshold(scores, 95))
-    target = blur_to_grid(images, grid=(8, 8)) / 127.5 - 1                      # (B, 3, H, W) in [-1, 1]
+    scores = compute_mask_scores(features, gradient, "gradient")                # (B, C, h, w)
+    masked = mask_features(features, scores, percentile=95)                     # (B, C, h, w)
+    reference = blur_to_grid(images, grid=(8, 8)) / 127.5 - 1                   # (B, 3, H, W) in [-1, 1]
 """
 
 import torch
@@ -16,18 +16,19 @@ MASK_METHODS = ("gradient", "attribution", "position", "relevance")
 
 
 def compute_threshold(scores: Tensor, percentile: Tensor | float) -> Tensor:
-    """The P-th percentile of each image's positive entries, linearly interpolated, shaped (B, 1, ...) to compare with the scores.
+    """Compute the P-th percentile of each image's positive scores, linearly interpolated (Q in Eq. 1).
 
-    scores (B, ...); percentile a number or (B,) in 0..100. An image without a positive entry gives 0, which keeps everything.
+    scores: (B, ...). percentile: a number or (B,), in [0, 100]. Returns (B, 1, ...), to compare with the scores. An image without
+    positive scores gets 0, which keeps all its features.
     """
-    flat = scores.flatten(1).sort(1).values  # the positive ones stand last
-    positives = (flat > 0).sum(1)
-    first = flat.shape[1] - positives
-    percentile = torch.as_tensor(percentile, dtype=flat.dtype, device=flat.device).expand(len(flat))
-    place = percentile / 100 * (positives - 1).clamp_min(0)
-    below = (first + place.floor().long()).clamp_max(flat.shape[1] - 1)[:, None]
-    above = (first + place.ceil().long()).clamp_max(flat.shape[1] - 1)[:, None]
-    threshold = torch.lerp(flat.gather(1, below), flat.gather(1, above), (place - place.floor())[:, None])
+    ordered = scores.flatten(1).sort(1).values  # the positive scores come last
+    positives = (ordered > 0).sum(1)
+    first = ordered.shape[1] - positives
+    percentile = torch.as_tensor(percentile, dtype=ordered.dtype, device=ordered.device).expand(len(ordered))
+    rank = percentile / 100 * (positives - 1).clamp_min(0)
+    below = (first + rank.floor().long()).clamp_max(ordered.shape[1] - 1)[:, None]
+    above = (first + rank.ceil().long()).clamp_max(ordered.shape[1] - 1)[:, None]
+    threshold = torch.lerp(ordered.gather(1, below), ordered.gather(1, above), (rank - rank.floor())[:, None])
     threshold = torch.where(positives[:, None] > 0, threshold, 0)
     return threshold.view(-1, *[1] * (scores.ndim - 1))
 
@@ -35,16 +36,17 @@ def compute_threshold(scores: Tensor, percentile: Tensor | float) -> Tensor:
 def compute_mask_scores(
     features: Tensor, gradient: Tensor, mask_by: str, channel_dim: int = 1, relevance: Tensor | None = None
 ) -> Tensor:
-    """What the percentile ranks, shaped like the features.
+    """Compute the scores that the mask ranks features by, shaped like the features; G is the gradient, F the features.
 
-    "gradient": relu(G), as published. "attribution": relu(G F). "position": that times the positive part of its sum over the
-    channels, so that an entry counts where the place as a whole speaks for the class. "relevance": relu(G) times the place's
-    attention relevance, which must be given, with one channel, so that it counts where the deciding token draws from; tokens
-    that are no place have none, and are masked.
+    mask_by: "gradient": relu(G), as published. "attribution": relu(G F). "position": relu(G F) times relu of the sum of G F over
+    channels, which is the evidence for the class at the location. "relevance": relu(G) times ``relevance``, the location's
+    attention relevance with one channel; it is 0 for tokens that are not patches, so that they are masked.
     """
     if mask_by == "gradient":
         return gradient.relu()
     if mask_by == "relevance":
+        if relevance is None:
+            raise ValueError("relevance must be given for mask_by 'relevance', got None")
         return gradient.relu() * relevance
     attribution = gradient * features
     if mask_by == "attribution":
@@ -52,11 +54,13 @@ def compute_mask_scores(
     return attribution.relu() * attribution.sum(channel_dim, keepdim=True).relu()
 
 
-def blur_to_grid(images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The picture a layer with this grid can know: Gaussian blur, sigma = picture / grid per axis, reflected edges.
+def mask_features(features: Tensor, scores: Tensor, percentile: Tensor | float) -> Tensor:
+    """Set features to zero where the score is below the threshold (Eq. 1); shapes as in ``compute_threshold``."""
+    return features * (scores >= compute_threshold(scores, percentile))
 
-    images (N, 3, H, W), any scale; same shape returned.
-    """
+
+def blur_to_grid(images: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Blur images (N, 3, H, W) to the detail a grid (h, w) can hold: a Gaussian, sigma (H / h, W / w), with reflected borders."""
     for axis, cells in ((2, grid[0]), (3, grid[1])):
         sigma = images.shape[axis] / cells
         radius = min(int(2 * sigma) // 2, images.shape[axis] - 1)  # reflection reaches no further

@@ -1,53 +1,35 @@
-"""One visible training loop, for classifiers and decoders alike.
+"""One visible training loop for classifiers and decoders.
 
 It shows progress, validates, and can be killed at any moment: a run that is started again from its checkpoint ends with the same
-weights, bit for bit on the CPU. That holds because everything random is a function of (seed, epoch, step): the generators
-are seeded anew before each batch is drawn, and the caller's own random state is left alone. (torch's, numpy's and Python's
-generators; a data set with one of its own has to see to itself.)
+weights, bit for bit on the CPU, because every random number is a function of (seed, epoch, step).
 
-    trainer = Trainer(model, step, torch.optim.Adam(model.parameters()), checkpoint="run.pt")
+    trainer = Trainer(model, step_function, torch.optim.Adam(model.parameters()), checkpoint="run.pt")
     history = trainer.fit(loader, epochs=2, validation=other)       # {"loss": [...], "val_loss": [...], ...}
 
-where ``step(batch, training) -> (loss, outputs, target)`` is the one thing a task has to say.
+A task is one function, ``step_function(batch, training) -> (loss, outputs, target)``: the mean loss of a batch, and what the
+metrics compare, with one row per image.
 """
 
 import copy
-import inspect
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from operator import length_hint
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from scanlib.layers import get_logits
 from scanlib.training import distributed
 from scanlib.training.checkpoint import load_checkpoint, save_checkpoint
+from scanlib.training.metrics import Accuracy as Accuracy, Totals
 from scanlib.training.randomness import isolated_rng, iterate_seeded_batches
 
 
-class Accuracy:
-    """Share of images whose largest logit is the label's."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self) -> None:
-        self.right = self.seen = 0
-
-    @torch.no_grad()
-    def update(self, target: Tensor, outputs) -> None:
-        """Labels (B,), and logits (B, K) or what ``get_logits`` finds them in."""
-        self.right += int((get_logits(outputs).argmax(1) == target).sum())
-        self.seen += len(target)
-
-    def compute(self) -> float:
-        return self.right / self.seen if self.seen else math.nan
-
-
-def build_classifier_step(model: nn.Module, preprocess: Callable[[Tensor], Tensor], device="cpu"):
-    """The step of a classifier: cross-entropy of (images in [0, 255], labels)."""
+def build_classifier_step(model: nn.Module, preprocess: Callable[[Tensor], Tensor], device="cpu") -> Callable:
+    """Return the step function of a classifier: cross-entropy of batches (images in [0, 255], labels)."""
 
     def step(batch, training):
         images, labels = batch[0].to(device), batch[1].to(device)
@@ -57,41 +39,49 @@ def build_classifier_step(model: nn.Module, preprocess: Callable[[Tensor], Tenso
     return step
 
 
-def detach_outputs(outputs):
-    """A step's outputs without their graph: a tensor, or a tuple of them."""
-    if isinstance(outputs, Tensor):
-        return outputs.detach()
-    return getattr(type(outputs), "_make", type(outputs))([output.detach() for output in outputs])
+class _StepModule(nn.Module):
+    """A step function as a module. DDP averages the gradients of its own forward; a step may call any method of the model."""
+
+    def __init__(self, model: nn.Module, step_function: Callable):
+        super().__init__()
+        self.model, self.step_function = model, step_function
+
+    def forward(self, batch, training: bool):
+        # DDP waits for all gradients in every process: those of unused parameters and of an empty share are zero
+        zero = 0.0 * sum(parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad)
+        if batch is None:
+            return zero, None, ()
+        loss, outputs, target = self.step_function(batch, training)
+        return loss + zero, outputs, target
 
 
 class Trainer:
-    """Trains ``model`` with ``step(batch, training) -> (loss, outputs, target)``.
+    """Trains ``model`` with ``step_function(batch, training) -> (loss, outputs, target)``.
 
     Args:
-        model, step, optimizer: what is trained, what one batch means, and how the weights move.
-        scheduler: stepped once per ``scheduler_interval``, "epoch" or "step".
-        metrics: objects with reset(), update(target, outputs), compute(); named by their class in the history. Their attributes
-            are sums, so that those of several processes add up.
-        checkpoint: file to save to, at each epoch's end and every ``save_every`` seconds, and to resume from.
+        model, step_function, optimizer: the module, its loss on a batch, and the optimizer of its parameters.
+        scheduler: a learning rate scheduler; it steps once per ``scheduler_interval``, "epoch" or "step".
+        metrics: objects with reset(), update(preds, target), compute(), named by their class in the history; see ``Totals``.
+        checkpoint: file to resume from, and to save to at the end of each epoch and every ``save_every`` seconds.
         config: plain values that must agree for a checkpoint to be resumed.
         amp: run the step in bfloat16 autocast.
-        on_step: called with the trainer after each training step (``epoch``, ``step``, ``loss`` tell where it is).
+        on_step: called with the trainer after each training step. Its ``epoch`` counts finished epochs, its ``step`` the
+            finished steps of the current epoch, and its ``loss`` is that of the last step.
 
-    Among several processes (``scanlib.distributed``) each ``fit`` takes a loader of its own share, ``shared(loader)``; the first
-    process prints and saves, at each epoch's end only.
+    With several processes, give ``fit`` loaders from ``shard_loader``. The main process prints, and saves at each epoch's end.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        step: Callable,
+        step_function: Callable,
         optimizer: torch.optim.Optimizer,
         scheduler=None,
         *,
         scheduler_interval: str = "epoch",
         metrics: Sequence = (),
         device: torch.device | str = "cpu",
-        checkpoint: str | Path | None = None,
+        checkpoint: str | os.PathLike | None = None,
         config: dict | None = None,
         seed: int = 0,
         amp: bool = False,
@@ -99,66 +89,63 @@ class Trainer:
         on_step: Callable[["Trainer"], None] | None = None,
     ):
         if scheduler_interval not in ("epoch", "step"):
-            raise ValueError(f"scheduler_interval {scheduler_interval!r} is not known; take 'epoch' or 'step'")
-        self.model, self.one_step, self.optimizer, self.scheduler = model, step, optimizer, scheduler
+            raise ValueError(f"scheduler_interval must be 'epoch' or 'step', got {scheduler_interval!r}")
+        self.model, self.step_function, self.optimizer, self.scheduler = model, step_function, optimizer, scheduler
         self.scheduler_interval, self.metrics, self.device = scheduler_interval, list(metrics), torch.device(device)
         self.checkpoint, self.config, self.seed = checkpoint, dict(config or {}), seed
         self.amp, self.save_every, self.on_step = amp, save_every, on_step
-        self._start: int | None = None  # the epoch at which an unfinished fit began
-        self.epoch = self.step = 0  # finished epochs; finished steps of the current one
-        self.loss = math.nan
+        self.epoch, self.step, self.loss = 0, 0, math.nan
         self.history: dict[str, list[float]] = {}
-        self._sums = [0.0, 0]  # loss and images of the current epoch
-
-    # --- the loop ---
+        self._first_epoch = 0  # of the current fit; an interrupted fit keeps it for the next call
+        self._totals = Totals(self.metrics)  # of the current epoch
 
     def fit(
         self, loader: Iterable, epochs: int, validation: Iterable | None = None, verbose: bool = True
     ) -> dict[str, list[float]]:
-        """Train for ``epochs`` more epochs; after an interruption, or with a checkpoint on disk, only for what is left of them.
+        """Train for ``epochs`` more epochs. After an interruption, or with a checkpoint on disk, train only what is left of them.
 
-        Returns this fit's history: one value an epoch for "loss" and each metric, and "val_" of both with ``validation``.
+        Returns this fit's history: one value per epoch for "loss" and each metric, and with ``validation`` for "val_" + name.
         Raises ValueError for an empty loader or a checkpoint of another run, FloatingPointError for a loss that is not finite.
         """
         if epochs != int(epochs) or epochs < 1:
-            raise ValueError(f"epochs {epochs} is no number of epochs; give 1 or more")
-        if self._start is None:  # else: the last call was interrupted, and this one goes on from there
-            self._start = self.epoch
-        goal = self._start + int(epochs)
+            raise ValueError(f"epochs must be an integer of at least 1, got {epochs}")
+        first, goal = self._first_epoch, self._first_epoch + int(epochs)
         verbose = verbose and distributed.is_main_process()
         try:
-            self._resume()
-            if distributed.all_reduce_sum([self.epoch], self.device)[0] != self.epoch * distributed.get_world_size():
-                raise ValueError(f"the processes do not find the same {self.checkpoint}; put it on a disk that all of them see")
-            distributed.same_start([*self.model.parameters(), *self.model.buffers()])
+            with distributed.main_process_first():  # it may still be writing the checkpoint of the last fit
+                self._resume()
+            if distributed.all_reduce_sum([self.epoch])[0] != self.epoch * distributed.get_world_size():
+                raise ValueError(f"checkpoint must be on a disk that all processes read; some do not find {self.checkpoint}")
+            run_step = self.step_function
+            if distributed.is_distributed():  # this copies the weights of the main process to the others
+                run_step = DistributedDataParallel(_StepModule(self.model, self.step_function))
             while self.epoch < goal:
-                self._train_epoch(loader, goal, verbose)
-                distributed.average_statistics(self.model)
-                validated = self._validate(validation) if validation is not None else None
-                self._finish_epoch(validated)
-                self._save()
+                self._train_epoch(run_step, loader, goal, verbose)
+                results = self._totals.compute("loader")
+                if validation is not None:
+                    results |= self._validate(run_step, validation)
+                self._finish_epoch(results)
                 if verbose:
                     latest = "  ".join(f"{name} {values[-1]:.4f}" for name, values in self.history.items())
                     print(f"epoch {self.epoch}/{goal}: {latest}")
-        except Exception:  # an error, not an interruption: there is nothing to go on with
-            self._start = None
+        except Exception:  # an error, not an interruption: the next fit counts its epochs from here
+            self._first_epoch = self.epoch
             raise
-        begun, self._start = self._start, None
-        return {name: values[begun:] for name, values in self.history.items()}
+        self._first_epoch = self.epoch
+        return {name: values[first:] for name, values in self.history.items()}
 
-    def _train_epoch(self, loader, goal, verbose):
+    def _train_epoch(self, run_step, loader, goal, verbose):
         from tqdm.auto import tqdm
 
-        try:
-            total = len(loader)
-        except (TypeError, NotImplementedError):  # a stream has no length
-            total = None
+        if self.step == 0:
+            self._totals = Totals(self.metrics)
+        total = length_hint(loader) or None  # a stream has no length
         bar = tqdm(total=total, desc=f"epoch {self.epoch + 1}/{goal}", disable=not verbose, leave=False)
-        saved, count = time.monotonic(), 0
+        saved = time.monotonic()
         with bar, isolated_rng(self.device):
             for count, batch in enumerate(iterate_seeded_batches(loader, self.seed, self.epoch), 1):
-                if count > self.step:  # else: done before the run was killed
-                    self._train_step(batch)
+                if count > self.step:  # the steps before were done before the run was killed
+                    self._train_step(run_step, batch)
                     bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
                     if self.on_step is not None:
                         self.on_step(self)
@@ -166,102 +153,68 @@ class Trainer:
                         self._save()
                         saved = time.monotonic()
                 bar.update()
-        if not count:
-            raise ValueError("the loader is empty; give it at least one batch (with drop_last, at least batch_size pictures)")
 
-    def _train_step(self, batch):
-        self.model.train()  # whatever on_step or the step of another task left it in
+    def _train_step(self, run_step, batch):
+        self.model.train()  # on_step may have changed the mode
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            loss, outputs, target = self.one_step(batch, True) if batch is not None else (None, None, ())
-        own = float(loss.detach()) if len(target) else 0.0
-        total, pictures = distributed.all_reduce_sum([own * len(target), len(target)], self.device)
-        self.loss = total / pictures if distributed.is_distributed() else own
-        if not math.isfinite(self.loss):
-            rate = self.optimizer.param_groups[0]["lr"]
-            raise FloatingPointError(
-                f"the loss became {self.loss} in epoch {self.epoch + 1}, step {self.step + 1}; "
-                f"start from new weights with a learning rate below {rate:.1g}, or without amp"
-            )
-        if len(target):
-            loss.backward()
-        distributed.sum_gradients(self.model, len(target) / pictures)
+            loss, outputs, target = run_step(batch, True)
+        own_loss, own_images = float(loss.detach()), len(target)
+        loss_sum, images = distributed.all_reduce_sum([own_loss * own_images, own_images])
+        self.loss = loss_sum / images
+        self._check_finite("loss", self.loss, f"epoch {self.epoch + 1}, step {self.step + 1}")
+        # DDP takes the mean over processes; this weight, 1 for one process, makes it the mean over the images of the batch
+        (loss * (distributed.get_world_size() * own_images / images)).backward()
         self.optimizer.step()
-        if self.scheduler is not None and self.scheduler_interval == "step":
+        if self.scheduler_interval == "step":
             self._step_scheduler()
-        self._tally(self._sums, self.metrics, outputs, target, own)
+        self._totals.update(own_loss, outputs, target)
         self.step += 1
 
     @torch.no_grad()
-    def _validate(self, loader):
-        """Sums and metrics over a loader, in eval mode, with metrics of its own so that the training ones stay."""
+    def _validate(self, run_step, loader):
         self.model.eval()
-        sums, metrics = [0.0, 0], copy.deepcopy(self.metrics)
-        for metric in metrics:
-            metric.reset()
+        totals = Totals(copy.deepcopy(self.metrics))  # the metrics of training keep their state
         with isolated_rng(self.device):
+            # DDP copies the buffers of the main process before the first batch: every process validates what that one saves
             for batch in iterate_seeded_batches(loader, self.seed, self.epoch):
-                if batch is None:  # other processes have what is left
-                    continue
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                    loss, outputs, target = self.one_step(batch, False)
-                self._tally(sums, metrics, outputs, target, float(loss))
-        sums = self._of_all(sums, metrics)
-        if sums[1] and not math.isfinite(sums[0]):
-            value, epoch = sums[0] / sums[1], self.epoch + 1
-            raise FloatingPointError(
-                f"the validation loss became {value} in epoch {epoch}; start from new weights with a smaller learning rate"
-            )
-        if not sums[1]:
-            raise ValueError("the validation loader is empty; give it at least one batch, or leave it out")
-        return sums, metrics
+                    loss, outputs, target = run_step(batch, False)
+                totals.update(float(loss), outputs, target)
+        results = totals.compute("validation")
+        self._check_finite("validation loss", results["loss"], f"epoch {self.epoch + 1}")
+        return {f"val_{name}": value for name, value in results.items()}
 
-    def _tally(self, sums, metrics, outputs, target, loss):
-        sums[0] += loss * len(target)
-        sums[1] += len(target)
-        for metric in metrics if len(target) else ():
-            metric.update(target, detach_outputs(outputs))
+    def _check_finite(self, name, value, location):
+        if not math.isfinite(value):
+            rate = self.optimizer.param_groups[0]["lr"]
+            advice = f"start from new weights with a learning rate below {rate:.1g}, or without amp"
+            raise FloatingPointError(f"the {name} became {value} in {location}; {advice}")
 
-    def _of_all(self, sums, metrics):
-        """Sums over all processes, and the metrics' too, in place."""
-        if distributed.is_distributed():
-            for metric in metrics:
-                names = list(vars(metric))
-                vars(metric).update(
-                    zip(names, distributed.all_reduce_sum([vars(metric)[n] for n in names], self.device), strict=True)
-                )
-        return distributed.all_reduce_sum(sums, self.device)
-
-    def _finish_epoch(self, validated):
-        self._record("", self._of_all(self._sums, self.metrics), self.metrics)
-        if validated is not None:
-            self._record("val_", *validated)
-        if self.scheduler is not None and self.scheduler_interval == "epoch":
+    def _finish_epoch(self, results):
+        for name, value in results.items():
+            self.history.setdefault(name, []).append(value)
+        if self.scheduler_interval == "epoch":
             self._step_scheduler()
-        self.epoch, self.step, self._sums = self.epoch + 1, 0, [0.0, 0]
-        for metric in self.metrics:
-            metric.reset()
-
-    def _record(self, prefix, sums, metrics):
-        self.history.setdefault(f"{prefix}loss", []).append(sums[0] / sums[1])
-        for metric in metrics:
-            self.history.setdefault(f"{prefix}{type(metric).__name__}", []).append(metric.compute())
+        self.epoch, self.step = self.epoch + 1, 0
+        self._save()
 
     def _step_scheduler(self):
-        wants_value = "metrics" in inspect.signature(self.scheduler.step).parameters  # ReduceLROnPlateau
-        losses = self.history.get("val_loss") or self.history.get("loss") or [self.loss]
-        self.scheduler.step(losses[-1]) if wants_value else self.scheduler.step()
-
-    # --- stop and go ---
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            losses = self.history.get("val_loss") or self.history.get("loss") or [self.loss]
+            self.scheduler.step(losses[-1])
+        elif self.scheduler is not None:
+            self.scheduler.step()
 
     def _save(self):
         if self.checkpoint is None or not distributed.is_main_process():
             return
+        sums = [self._totals.loss, self._totals.images]
         content = {
             "format": 1,
             "kind": "training run",
             "config": self.config,
-            "progress": {"epoch": self.epoch, "step": self.step, "sums": self._sums, "history": self.history, "seed": self.seed},
+            "progress": {"epoch": self.epoch, "step": self.step, "sums": sums, "history": self.history, "seed": self.seed},
             "metrics": [vars(metric) for metric in self.metrics],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -270,41 +223,34 @@ class Trainer:
         save_checkpoint(content, self.checkpoint)
 
     def _resume(self):
-        distributed.wait_for_all()  # for what the first process may still be writing
         if self.checkpoint is None or not Path(self.checkpoint).exists():
             return
-        saved = load_checkpoint(
-            self.checkpoint, ("config", "progress", "metrics", "model", "optimizer", "scheduler"), self.device
-        )
+        required = ("config", "progress", "metrics", "model", "optimizer", "scheduler")
+        saved = load_checkpoint(self.checkpoint, required, self.device)
         try:
             self._load(saved)
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise ValueError(
-                f"{self.checkpoint} is no checkpoint of this kind of run ({type(error).__name__}); delete it"
-            ) from error
+            reason = type(error).__name__
+            raise ValueError(f"{self.checkpoint} is not a checkpoint of this kind of run ({reason}); delete it") from error
 
     def _load(self, saved: dict):
-        ours = {**self.config, "seed": self.seed}
-        theirs = {**saved["config"], "seed": saved["progress"]["seed"]}
-        for name in {**ours, **theirs}:
+        progress = saved["progress"]
+        ours, theirs = self.config | {"seed": self.seed}, saved["config"] | {"seed": progress["seed"]}
+        for name in ours | theirs:
             if ours.get(name) != theirs.get(name):
-                raise ValueError(
-                    f"{self.checkpoint} is of a run with {name} = {theirs.get(name)}, this one has {ours.get(name)}; "
-                    "delete it or give another path"
-                )
-        if saved["progress"]["epoch"] < self.epoch:
-            return  # older than what this trainer has already done
+                message = f"{self.checkpoint} is of a run with {name} = {theirs.get(name)}, this one has {ours.get(name)}"
+                raise ValueError(f"{message}; delete it or give another path")
+        if progress["epoch"] < self.epoch:
+            return  # this trainer has trained for longer
+        if len(saved["metrics"]) != len(self.metrics):
+            raise KeyError("metrics")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(saved["scheduler"])
-        if len(saved["metrics"]) != len(self.metrics):
-            raise KeyError("metrics")
-        for metric, state in zip(self.metrics, saved["metrics"], strict=True):
-            vars(metric).update(state)
-        progress = saved["progress"]
-        self.epoch, self.step, self._sums, self.history = (progress[name] for name in ("epoch", "step", "sums", "history"))
-        if not distributed.is_main_process():  # the sums of a run that was alone count once
-            self._sums = [0.0, 0]
-            for metric in self.metrics:
-                metric.reset()
+        self.epoch, self.step, self.history = progress["epoch"], progress["step"], progress["history"]
+        self._totals = Totals(self.metrics)
+        if distributed.is_main_process():  # the other processes have nothing to add to the sums of a single one
+            self._totals.loss, self._totals.images = progress["sums"]
+            for index, metric in enumerate(self.metrics):
+                vars(metric).update(saved["metrics"][index])

@@ -6,7 +6,7 @@ from torch import nn
 from scanlib.layers import Layout, resolve_layer
 
 
-def test_layers_by_name_module_and_index(tiny):
+def test_resolve_layer_by_name_module_and_index(tiny):
     for layer in ("back.0", tiny.back[0], list(tiny.modules())[1:].index(tiny.back[0])):
         assert resolve_layer(tiny, layer) == ("back.0", tiny.back[0])
     with pytest.raises(ValueError, match=r"target_layer 'bakc' not found; close matches: back"):
@@ -15,7 +15,7 @@ def test_layers_by_name_module_and_index(tiny):
         resolve_layer(tiny, 99)
     with pytest.raises(ValueError, match="not part of the model"):
         resolve_layer(tiny, nn.ReLU())
-    with pytest.raises(TypeError, match="name, a module or an index, not float"):
+    with pytest.raises(TypeError, match="name, a module or an index, got float"):
         resolve_layer(tiny, 1.5)
 
 
@@ -26,7 +26,7 @@ def test_layers_by_name_module_and_index(tiny):
     st.sampled_from([4, 8, 16]),
     st.integers(0, 5),
 )
-def test_layouts_are_recognised_and_agree(kind, h, w, patch, prefix):
+def test_layout_is_inferred_from_the_shape(kind, h, w, patch, prefix):
     channels = 40  # more than any grid side here, so a 4-D shape reads one way only
     truth = torch.randn(2, channels, h, w)
     tokens = truth.flatten(2).transpose(1, 2)
@@ -41,7 +41,7 @@ def test_layouts_are_recognised_and_agree(kind, h, w, patch, prefix):
 @pytest.mark.parametrize(
     ("size", "patch", "prefix"), [(224, 16, 1), (224, 14, 5), (100, 16, 1), (56, 16, 1), (384, 16, 2), (518, 14, 5)]
 )
-def test_token_grids_of_real_transformers(size, patch, prefix):
+def test_layout_of_common_vision_transformers(size, patch, prefix):
     side = size // patch
     layout = Layout.infer((1, side * side + prefix, 64), (size, size))
     assert layout.grid == (side, side) and layout.prefix == prefix

@@ -1,8 +1,13 @@
-"""The project's own files: environments in step, notebooks clean, links right, floors respected."""
+"""The project's own files: environments agree, imports point one way, the wheel is complete, links and notebooks are clean."""
 
 import ast
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -92,6 +97,42 @@ def test_folders_are_small_and_the_package_stays_thin():
     assert max(folders.count(folder) for folder in set(folders)) <= 12
     assert sum(lines[ROOT / "scanlib" / f"{name}.py"] for name in heart) <= 1500
     assert sum(lines.values()) <= 7800
+
+
+def test_packages_are_listed_in_pyproject():
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = set(re.findall(r'"([\w.]+)"', re.search(r"^packages = \[(.*?)^\]", text, re.S | re.M)[1]))
+    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in (ROOT / "scanlib").rglob("__init__.py")}
+    assert listed == folders | {"scanlib.checkpoints"}
+
+
+def test_wheel_installed_elsewhere_runs_the_readme_example(tmp_path):
+    pytest.importorskip("setuptools", "70.1")
+    source = tmp_path / "source"
+    for name in ("scanlib", "data/checkpoints"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    site = tmp_path / "site"
+    with zipfile.ZipFile(next(source.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    assert (site / "scanlib" / "py.typed").is_file()
+    example = re.search(r"## An example\n\n```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
+    check = f"import scanlib; assert scanlib.__file__.startswith({str(site)!r}), scanlib.__file__\n{example}"
+    check += "\nassert confidence.shape == heat_map.shape == (64, 64) and reconstruction.shape == (64, 64, 3)"
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_tree_names_what_exists():
+    tree = (ROOT / "README.md").read_text("utf-8").split("## The tree")[1]
+    named = set(re.findall(r"^  (\w+)(?:\.py|/) ", tree, re.M))
+    found = {path.stem for path in (ROOT / "scanlib").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert named == {name for name in found if name[0] != "_"}
 
 
 def test_links_are_the_projects():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,8 +15,9 @@ from scanlib.explainers.attention import RelevanceTap
 from scanlib.explainers.base import normalize_map
 from scanlib.explainers.formulas import grad_cam, layer_cam
 from scanlib.hooks import FeatureTap
-from scanlib.masking import MASK_METHODS, blur_to_grid, compute_mask_scores, compute_threshold
-from scanlib.metrics import build_class_score, compute_checkerboard, evaluate_maps
+from scanlib.loss import SelfConfidenceLoss
+from scanlib.masking import MASK_METHODS, mask_features
+from scanlib.metrics import build_class_score, compute_checkerboard, compute_coherency, compute_max_sensitivity, evaluate_maps
 from scanlib.models.small import Normalize
 from scanlib.models.zoo import CHECKPOINTS
 from tests.explainers.test_attention import TinyTransformer
@@ -27,62 +27,31 @@ class Killed(BaseException):
     pass
 
 
-def pictures(count=12, size=32):
+def make_data(count=12, size=32):
     x = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(2)) * 255
     return TensorDataset(x, torch.arange(count) % 5)
 
 
-def scanner_for(model, layer="back", size=32, **options):
+def make_scanner(model, layer="back", size=32, **options):
     return SCAN(model, layer, image_size=(size, size), device="cpu", **options).set_preprocess(lambda x: x / 255)
 
 
-def ready(model, **options):
-    """A scanner set up and one epoch old."""
-    scanner = scanner_for(model, **options).set_dataset(DataLoader(pictures(), 4)).generate_decoder().compile()
+def train_scanner(model, **options):
+    """Make a scanner and train it for one epoch."""
+    scanner = make_scanner(model, **options).set_dataset(DataLoader(make_data(), 4)).generate_decoder().compile()
     scanner.fit(1, verbose=False)
     return scanner
 
 
-# --- the maths ---
+# --- masks and reference images ---
 
 
-@settings(deadline=None)
-@given(st.integers(1, 40), st.floats(0, 100), st.integers(0, 10**6), st.floats(0, 1))
-def test_percentile_is_numpys_over_the_positives(entries, percentile, seed, share):
-    rng = np.random.default_rng(seed)
-    scores = rng.normal(size=(3, 2, entries)) * (rng.random((3, 2, entries)) < share)
-    result = compute_threshold(torch.tensor(scores), percentile)
-    assert result.shape == (3, 1, 1)
-    for row, threshold in zip(scores, result.flatten().tolist(), strict=True):
-        positives = row[row > 0]
-        assert threshold == pytest.approx(np.percentile(positives, percentile) if positives.size else 0.0, abs=1e-12)
-
-
-def test_percentile_per_image():
-    scores = torch.arange(1.0, 12).expand(3, 11)
-    assert compute_threshold(scores, torch.tensor([0.0, 50, 100])).flatten().tolist() == [1, 6, 11]
-
-
-def test_mask_scores_by_hand():
-    features = torch.tensor([[[[1.0]], [[2.0]], [[3.0]]]])
-    gradient = torch.tensor([[[[2.0]], [[-1.0]], [[1.0]]]])
-    assert compute_mask_scores(features, gradient, "gradient").flatten().tolist() == [2, 0, 1]
-    assert compute_mask_scores(features, gradient, "attribution").flatten().tolist() == [2, 0, 3]
-    assert compute_mask_scores(features, gradient, "position").flatten().tolist() == [6, 0, 9]  # times 2 - 2 + 3
-    tokens = compute_mask_scores(
-        features.flatten(2).transpose(1, 2), gradient.flatten(2).transpose(1, 2), "position", channel_dim=-1
-    )
-    assert tokens.flatten().tolist() == [6, 0, 9]
-    two = torch.tensor([[[[2.0, 3.0]], [[-1.0, 5.0]]]]), torch.tensor([[[[1.0, 0.5]]]])  # gradient, relevance of two places
-    assert compute_mask_scores(two[0], two[0], "relevance", relevance=two[1]).flatten().tolist() == [2, 1.5, 0, 2.5]
-
-
-def test_masked_features_against_a_plain_loop(tiny, images):
+def test_masked_features_equal_numpy_loop(tiny, images):
     """Eq. 1 in numpy, image by image, with its own full backward pass."""
-    scanner = ready(tiny)
+    scanner = train_scanner(tiny)
     features, scores = scanner.extract(images, [0, 1, 2, 3])
     for percentile in (0, 70, 95):
-        masked = scanner._masked(features, scores, percentile)
+        masked = mask_features(features, scores, percentile)
         for i in range(4):
             kept = {}
             handle = tiny.back.register_forward_hook(lambda m, x, y, kept=kept: kept.update(f=y))
@@ -94,31 +63,21 @@ def test_masked_features_against_a_plain_loop(tiny, images):
             np.testing.assert_allclose(masked[i].numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_blur_against_torchvision_and_its_band_limit():
-    x = torch.rand(1, 3, 64, 64, dtype=torch.float64)
-    expected = torchvision.transforms.functional.gaussian_blur(x, [17, 17], [8.0, 8.0])
-    torch.testing.assert_close(blur_to_grid(x, (8, 8)), expected)
-    wide = blur_to_grid(torch.rand(1, 3, 32, 64, dtype=torch.float64), (8, 8))  # sigma 4 down, 8 across
-    assert wide.shape == (1, 3, 32, 64)
-    assert wide.diff(dim=3).abs().mean() < wide.diff(dim=2).abs().mean()
-    torch.testing.assert_close(blur_to_grid(torch.full((1, 3, 16, 16), 7.0), (2, 2)), torch.full((1, 3, 16, 16), 7.0))
-
-
-def test_target_image_is_the_blurred_picture_in_range(tiny, images):
-    scanner = scanner_for(tiny).generate_decoder()
-    target = scanner.target_image(images)
+def test_blur_images_returns_reference_in_range(tiny, images):
+    scanner = make_scanner(tiny).generate_decoder()
+    target = scanner.blur_images(images)
     assert target.shape == (4, 3, 32, 32) and target.abs().max() <= 1
     torch.testing.assert_close(target.mean(), images.mean() / 127.5 - 1, atol=0.02, rtol=0)
 
 
-# --- the published way of use, call for call ---
+# --- published interface ---
 
 
-def test_published_use_on_a_resnet50(tmp_path):
+def test_published_quick_start_on_resnet50(tmp_path):
     torch.manual_seed(0)
     model = torchvision.models.resnet50(weights=None)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    loader = DataLoader(pictures(2, 224), batch_size=2)
+    loader = DataLoader(make_data(2, 224), batch_size=2)
     scanner = SCAN(
         target_model=model,
         target_layer="layer4",
@@ -143,7 +102,7 @@ def test_published_use_on_a_resnet50(tmp_path):
     )
     assert chained is scanner
     history = scanner.fit(epochs=2, verbose=False)
-    assert scanner.optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)
+    assert scanner.trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)
     assert scanner.fit(1, verbose=False)["loss"] != history["loss"][:1] and len(history["loss"]) == 2
     assert set(history) == {"loss", "val_loss", "ConfidentMAE", "NonConfidentMAE", "val_ConfidentMAE", "val_NonConfidentMAE"}
     assert all(len(values) == 2 and np.isfinite(values).all() for values in history.values())
@@ -171,33 +130,35 @@ def test_published_use_on_a_resnet50(tmp_path):
 # --- training ---
 
 
-def test_training_lowers_the_loss_and_metrics_are_validation_ones(tiny):
+def test_training_lowers_loss_and_val_loss_equals_manual_value(tiny):
     scanner = (
-        scanner_for(tiny)
-        .set_dataset(DataLoader(pictures(), 4), use_augmentation=False)
-        .set_validation_dataset(DataLoader(pictures(), 12))
+        make_scanner(tiny)
+        .set_dataset(DataLoader(make_data(), 4), use_augmentation=False)
+        .set_validation_dataset(DataLoader(make_data(), 12))
     )
     history = scanner.generate_decoder().compile(learning_rate=3e-3).fit(15, verbose=False)
     assert history["loss"][-1] < 0.8 * history["loss"][0]
     # validation by hand: mask G > 0, eval mode
-    images, labels = pictures().tensors
+    images, labels = make_data().tensors
     features, scores = scanner.extract(images, labels)
     with torch.no_grad():
         outputs = scanner.decoder.eval()(features * (scores > 0))
-        loss = scanner.criterion(outputs, scanner.target_image(images))
+        loss = SelfConfidenceLoss(4.0)(outputs, scanner.blur_images(images))
     assert history["val_loss"][-1] == pytest.approx(float(loss), rel=1e-4)
 
 
-def test_percentiles_are_drawn_per_image_and_visit_within_the_range(tiny, monkeypatch):
-    import scanlib.scan
+def test_percentiles_are_drawn_per_image_within_range(tiny, monkeypatch):
+    import scanlib.masking
 
     drawn = []
-    real = scanlib.scan.compute_threshold
-    monkeypatch.setattr(scanlib.scan, "compute_threshold", lambda scores, p: drawn.append(torch.as_tensor(p)) or real(scores, p))
+    real = scanlib.masking.compute_threshold
+    monkeypatch.setattr(
+        scanlib.masking, "compute_threshold", lambda scores, p: drawn.append(torch.as_tensor(p)) or real(scores, p)
+    )
     scanner = (
-        scanner_for(tiny)
-        .set_dataset(DataLoader(pictures(), 4), use_augmentation=(80, 90))
-        .set_validation_dataset(DataLoader(pictures(), 12))
+        make_scanner(tiny)
+        .set_dataset(DataLoader(make_data(), 4), use_augmentation=(80, 90))
+        .set_validation_dataset(DataLoader(make_data(), 12))
     )
     scanner.generate_decoder().compile().fit(2, verbose=False)
     training = torch.cat([p for p in drawn if p.ndim])
@@ -209,7 +170,7 @@ WAYS = [(kind, way) for kind in ("conv", "tokens") for way in MASK_METHODS if (k
 
 
 @pytest.mark.parametrize(("layer_kind", "mask_by"), WAYS)
-def test_cache_changes_no_figure(tiny, mask_by, layer_kind):
+def test_cache_does_not_change_loss(tiny, mask_by, layer_kind):
     if layer_kind == "tokens":
         torch.manual_seed(0)
         model, layer = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5), "encoder.layers.encoder_layer_0"
@@ -220,16 +181,16 @@ def test_cache_changes_no_figure(tiny, mask_by, layer_kind):
     warnings.filterwarnings("ignore", "[0-9]+ of [0-9]+ images have no positive position")  # an untrained network may have such
     for cache in (True, False):
         torch.manual_seed(0)
-        scanner = scanner_for(model, layer, mask_by=mask_by).set_dataset(DataLoader(pictures(), 4)).generate_decoder().compile()
+        scanner = make_scanner(model, layer, mask_by=mask_by).set_dataset(DataLoader(make_data(), 4)).generate_decoder().compile()
         histories.append(scanner.fit(3, verbose=False, cache=cache))
     assert histories[0]["loss"] == pytest.approx(histories[1]["loss"], rel=1e-4)
 
 
-def test_the_model_runs_once_with_a_cache_and_once_an_epoch_without(tiny):
+def test_model_runs_once_with_cache_and_every_epoch_without(tiny):
     calls = []
     tiny.head.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
     for cache, expected in ((True, 12), (False, 36), ("auto", 12)):
-        scanner = scanner_for(tiny).set_dataset(DataLoader(pictures(), 4, shuffle=True)).generate_decoder().compile()
+        scanner = make_scanner(tiny).set_dataset(DataLoader(make_data(), 4, shuffle=True)).generate_decoder().compile()
         calls.clear()
         scanner.fit(3, verbose=False, cache=cache)
         assert sum(calls) == expected
@@ -238,18 +199,18 @@ def test_the_model_runs_once_with_a_cache_and_once_an_epoch_without(tiny):
     assert sum(calls) == 24
 
 
-def test_auto_cache_does_not_freeze_random_augmentation(tiny):
+def test_auto_cache_keeps_random_augmentation(tiny):
     class Flipping(torch.utils.data.Dataset):
         def __len__(self):
             return 12
 
         def __getitem__(self, index):
-            image = pictures()[index][0]
+            image = make_data()[index][0]
             return (image.flip(-1) if torch.rand(()) < 0.5 else image), 0
 
     calls = []
     tiny.head.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
-    scanner = scanner_for(tiny).set_dataset(DataLoader(Flipping(), 4)).generate_decoder().compile()
+    scanner = make_scanner(tiny).set_dataset(DataLoader(Flipping(), 4)).generate_decoder().compile()
     calls.clear()
     scanner.fit(2, verbose=False)
     assert sum(calls) == 24
@@ -260,9 +221,9 @@ def test_auto_cache_does_not_freeze_random_augmentation(tiny):
 def test_killed_fit_resumes_bit_for_bit(tiny, tmp_path, cache, drop_last):
     def run(checkpoint=None, on_step=None, global_seed=0):
         torch.manual_seed(0)
-        loader = DataLoader(TensorDataset(*(column[:11] for column in pictures().tensors)), 4, shuffle=True, drop_last=drop_last)
+        loader = DataLoader(TensorDataset(*(column[:11] for column in make_data().tensors)), 4, shuffle=True, drop_last=drop_last)
         scanner = (
-            scanner_for(tiny).set_dataset(loader).set_validation_dataset(DataLoader(pictures(), 5)).generate_decoder().compile()
+            make_scanner(tiny).set_dataset(loader).set_validation_dataset(DataLoader(make_data(), 5)).generate_decoder().compile()
         )
         torch.manual_seed(global_seed)  # a new process has other randomness; only fit's seed may count
         return scanner, lambda: scanner.fit(3, verbose=False, cache=cache, checkpoint=checkpoint, on_step=on_step)
@@ -285,18 +246,18 @@ def test_killed_fit_resumes_bit_for_bit(tiny, tmp_path, cache, drop_last):
         assert torch.equal(ours, theirs)
 
 
-def test_batch_samplers_with_a_generator_of_their_own_resume_too(tiny, tmp_path):
+def test_fit_resumes_with_batch_sampler_generator(tiny, tmp_path):
     def run(checkpoint=None, kill=None):
         torch.manual_seed(0)
-        sampler = torch.utils.data.RandomSampler(pictures(), generator=torch.Generator().manual_seed(7))
-        loader = DataLoader(pictures(), batch_sampler=torch.utils.data.BatchSampler(sampler, 4, False))
+        sampler = torch.utils.data.RandomSampler(make_data(), generator=torch.Generator().manual_seed(7))
+        loader = DataLoader(make_data(), batch_sampler=torch.utils.data.BatchSampler(sampler, 4, False))
 
         def on_step(trainer):
             trainer.save_every = 0
             if trainer.epoch * 3 + trainer.step == kill:
                 raise Killed
 
-        scanner = scanner_for(tiny).set_dataset(loader).generate_decoder().compile()
+        scanner = make_scanner(tiny).set_dataset(loader).generate_decoder().compile()
         return scanner.fit(2, verbose=False, checkpoint=checkpoint, on_step=on_step)
 
     whole = run()
@@ -305,10 +266,10 @@ def test_batch_samplers_with_a_generator_of_their_own_resume_too(tiny, tmp_path)
     assert run(tmp_path / "run.pt") == whole
 
 
-def test_resuming_another_run_is_refused(tiny, tmp_path):
+def test_resume_raises_for_another_run(tiny, tmp_path):
     def run(count=12, percentiles=(70, 100), optimizer=torch.optim.Adam, mask_by="gradient", **options):
-        loader = DataLoader(TensorDataset(*(column[:count] for column in pictures().tensors)), 4)
-        scanner = scanner_for(tiny, mask_by=mask_by).set_dataset(loader, percentiles).generate_decoder()
+        loader = DataLoader(TensorDataset(*(column[:count] for column in make_data().tensors)), 4)
+        scanner = make_scanner(tiny, mask_by=mask_by).set_dataset(loader, percentiles).generate_decoder()
         scanner.compile(optimizer_class=optimizer, **options).fit(1, verbose=False, checkpoint=tmp_path / "run.pt")
 
     run()
@@ -326,104 +287,102 @@ def test_resuming_another_run_is_refused(tiny, tmp_path):
             run(**change)
 
 
-def test_the_cache_is_shuffled_anew_each_epoch_as_the_loader_is(tiny):
+def test_cache_is_shuffled_like_its_loader(tiny):
     for shuffle in (True, False):
-        scanner = scanner_for(tiny).set_dataset(DataLoader(pictures(), 4, shuffle=shuffle)).generate_decoder().compile()
+        scanner = make_scanner(tiny).set_dataset(DataLoader(make_data(), 4, shuffle=shuffle)).generate_decoder().compile()
         scanner.fit(1, verbose=False)
-        cached, _ = scanner._prepared(scanner.dataset, 3, True, 1e9, False)
+        cached, _ = scanner._build_batch_encoder().encode_loader(scanner.dataset, True, 1e9)
         first, second = (torch.cat([batch[2] for batch in cached]) for _ in range(2))
         assert torch.equal(first, second) != shuffle
 
 
-def test_auto_cache_takes_plain_loaders_only(tiny):
+def test_auto_cache_accepts_plain_loaders_only(tiny):
     data = torch.utils.data
     own_collate = lambda items: torch.utils.data.default_collate(items)  # noqa: E731
-    plain = [DataLoader(pictures(), 4), DataLoader(pictures(), 4, shuffle=True)]
+    plain = [DataLoader(make_data(), 4), DataLoader(make_data(), 4, shuffle=True)]
     other = [
-        DataLoader(pictures(), 4, collate_fn=own_collate),
-        DataLoader(pictures(), 4, sampler=data.RandomSampler(pictures(), num_samples=6)),
-        DataLoader(pictures(), 4, sampler=data.WeightedRandomSampler([1.0] * 12, 12)),
-        DataLoader(pictures(), 5, shuffle=True, drop_last=True),
-        DataLoader(pictures(), batch_sampler=data.BatchSampler(data.RandomSampler(pictures()), 4, False)),
-        [pictures().tensors],
+        DataLoader(make_data(), 4, collate_fn=own_collate),
+        DataLoader(make_data(), 4, sampler=data.RandomSampler(make_data(), num_samples=6)),
+        DataLoader(make_data(), 4, sampler=data.WeightedRandomSampler([1.0] * 12, 12)),
+        DataLoader(make_data(), 5, shuffle=True, drop_last=True),
+        DataLoader(make_data(), batch_sampler=data.BatchSampler(data.RandomSampler(make_data()), 4, False)),
+        [make_data().tensors],
     ]
     from scanlib.training.feature_cache import FeatureCache
 
     for loaders, cached in ((plain, True), (other, False)):
         for loader in loaders:
-            scanner = scanner_for(tiny).set_dataset(loader).generate_decoder().compile()
+            scanner = make_scanner(tiny).set_dataset(loader).generate_decoder().compile()
             scanner.fit(1, verbose=False)
-            prepared, _ = scanner._prepared(loader, 2, "auto", 1e9, False)
+            prepared, _ = scanner._build_batch_encoder().encode_loader(loader, "auto", 1e9)
             assert isinstance(prepared, FeatureCache) == cached
 
 
-def test_loaders_of_images_alone_and_of_unknown_labels_use_the_predicted_class(tiny):
-    images, _ = pictures().tensors
+def test_missing_labels_use_predicted_class(tiny):
+    images, _ = make_data().tensors
     predicted = tiny(images / 255).argmax(1)
     losses = []
     for loader in ([images[:6], images[6:]], [(images, torch.full((12,), -1))], [(images, predicted)]):
         torch.manual_seed(0)
-        scanner = scanner_for(tiny).set_dataset(loader, use_augmentation=False).generate_decoder().compile(learning_rate=0.0)
+        scanner = make_scanner(tiny).set_dataset(loader, use_augmentation=False).generate_decoder().compile(learning_rate=0.0)
         losses.append(scanner.fit(1, verbose=False)["loss"][0])
     assert losses[1] == pytest.approx(losses[2]) and losses[0] == pytest.approx(
         losses[2], rel=0.02
     )  # other batches for BatchNorm
 
 
-def test_streams_train_too(tiny):
+def test_fit_accepts_iterable_dataset(tiny):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
-            return iter(list(pictures()))
+            return iter(list(make_data()))
 
-    scanner = scanner_for(tiny).set_dataset(DataLoader(Stream(), 4)).generate_decoder().compile()
+    scanner = make_scanner(tiny).set_dataset(DataLoader(Stream(), 4)).generate_decoder().compile()
     assert len(scanner.fit(2, verbose=False)["loss"]) == 2
 
 
-def test_without_the_gradient_mask_nothing_is_differentiated(tiny, images, monkeypatch):
+def test_no_gradient_is_computed_without_gradient_mask(tiny, images, monkeypatch):
     monkeypatch.setattr(FeatureTap, "gradient", lambda *_: pytest.fail("a gradient was taken"))
-    scanner = ready(tiny, use_gradient_mask=False)
+    scanner = train_scanner(tiny, use_gradient_mask=False)
     features, scores = scanner.extract(images)
-    torch.testing.assert_close(scanner._masked(features, scores, 95), features)
+    torch.testing.assert_close(mask_features(features, scores, 95), features)
     assert scanner(images)[0].shape == (4, 32, 32)
 
 
-def own_decoder(channels=4):
+def user_decoder(channels=4):
     return nn.Sequential(
         nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, channels, 1), nn.Upsample(scale_factor=2)
     )
 
 
-def test_own_decoder(tiny, images, tmp_path):
-    scanner = scanner_for(tiny, decoder_model=own_decoder()).set_dataset(DataLoader(pictures(), 4)).compile()
+def test_user_decoder(tiny, images, tmp_path):
+    scanner = make_scanner(tiny, decoder_model=user_decoder()).set_dataset(DataLoader(make_data(), 4)).compile()
     scanner.fit(1, verbose=False)
     assert scanner.decoder[1].num_batches_tracked == 3  # trained in training mode, and no batch but the loader's
     assert scanner(images)[0].shape == (4, 32, 32)
     scanner.save_decoder(tmp_path / "own.pt")
-    with pytest.raises(ValueError, match="a decoder of one's own making; pass that module as decoder_model first"):
-        scanner_for(tiny).load_decoder(tmp_path / "own.pt")
-    again = scanner_for(tiny, decoder_model=own_decoder())
+    with pytest.raises(ValueError, match="a user-defined decoder; pass that module as decoder_model first"):
+        make_scanner(tiny).load_decoder(tmp_path / "own.pt")
+    again = make_scanner(tiny, decoder_model=user_decoder())
     again.load_decoder(tmp_path / "own.pt")
     torch.testing.assert_close(again(images), scanner(images))
-    with pytest.raises(
-        ValueError, match=r"decoder_model returns \(1, 3, 16, 16\) for one picture; it must return \(N, 4, h, w\)"
-    ):
-        scanner_for(tiny, decoder_model=own_decoder(3)).set_dataset(DataLoader(pictures(), 4)).compile().fit(1, verbose=False)
+    with pytest.raises(ValueError, match=r"decoder_model must return \(N, 4, h, w\), got \(1, 3, 16, 16\) for one image"):
+        make_scanner(tiny, decoder_model=user_decoder(3)).set_dataset(DataLoader(make_data(), 4)).compile().fit(1, verbose=False)
 
 
-def test_full_resolution(tiny, images):
-    full = scanner_for(tiny).set_dataset(DataLoader(pictures(), 4)).generate_decoder(output_stride=1).compile()
+def test_output_stride_1_decodes_at_full_resolution(tiny, images):
+    full = make_scanner(tiny).set_dataset(DataLoader(make_data(), 4)).generate_decoder(output_stride=1).compile()
     full.fit(1, verbose=False)
-    assert full.explain(images, normalize=False).shape == (4, 32, 32)
+    assert full.as_explainer()(images, normalize=False).shape == (4, 32, 32)
 
 
-def test_confidence_and_reconstruction_from_the_decoders_output(tiny, images):
-    """A decoder that always says z = 1 and colours (-1, 0, 0.5): Eq. 4 and the way back to pixels by hand."""
+def test_confidence_and_reconstruction_equal_manual_values(tiny, images):
+    """A decoder that always returns z = 1 and colours (-1, 0, 0.5): Eq. 4 and the pixels by hand."""
 
     class Constant(nn.Module):
         def forward(self, x):
             return torch.tensor([1.0, -1.0, 0.0, 0.5]).view(1, 4, 1, 1).expand(len(x), 4, 4, 4)
 
-    confidence, reconstruction = scanner_for(tiny, decoder_model=Constant())(images)
+    confidence, reconstruction = make_scanner(tiny, decoder_model=Constant())(images)
     torch.testing.assert_close(confidence, torch.full((4, 32, 32), (np.sin(2 * np.pi / 8.15) + 1) / 2, dtype=torch.float32))
     assert reconstruction[0, 0, 0].tolist() == [0, 128, 191]
 
@@ -441,7 +400,7 @@ def vit_scanner(model, layer, **options):
     return SCAN(model, layer, (64, 64), device="cpu", **options).set_preprocess(Normalize()).set_dataset(loader)
 
 
-def test_token_layers_take_the_transformer_decoder_unless_told_otherwise(vit):
+def test_token_layers_use_transformer_decoder_by_default(vit):
     picture = torch.rand(3, 64, 64) * 255
     scanner = vit_scanner(vit, "encoder.layers.encoder_layer_4")
     for asked, kind in ((None, "TransformerDecoder"), (True, "TransformerDecoder"), (False, "ConvolutionalDecoder")):
@@ -449,8 +408,8 @@ def test_token_layers_take_the_transformer_decoder_unless_told_otherwise(vit):
         assert type(scanner.decoder).__name__ == kind and scanner(picture)[0].shape == (64, 64)
 
 
-def test_the_last_blocks_output_gives_way_to_its_first_norm(vit, tmp_path):
-    said = "_5' sends no gradient to the patch tokens .behind it the head reads the class token.; moved to '.*_layer_5.ln_1'"
+def test_target_layer_moves_to_first_norm_of_last_block(vit, tmp_path):
+    said = "_5' sends no gradient to the patch tokens, because .* only; target_layer is now '.*_layer_5.ln_1'"
     scanner = vit_scanner(vit, "encoder.layers.encoder_layer_5")
     with pytest.warns(UserWarning, match=said):
         scanner.generate_decoder()
@@ -470,7 +429,7 @@ def test_the_last_blocks_output_gives_way_to_its_first_norm(vit, tmp_path):
 
 
 @pytest.mark.parametrize("transformer", [True, False])
-def test_masks_by_relevance_weigh_each_place(vit, transformer):
+def test_relevance_masks_equal_gradient_times_relevance(vit, transformer):
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(4)) * 255
     layer = "encoder.layers.encoder_layer_4"
     weighing, plain = (
@@ -486,7 +445,7 @@ def test_masks_by_relevance_weigh_each_place(vit, transformer):
     assert (relevance > 0).all()
 
 
-def test_masks_by_relevance_run_the_model_once(vit):
+def test_relevance_masks_run_model_once(vit):
     scanner = vit_scanner(vit, "encoder.layers.encoder_layer_4", mask_by="relevance").generate_decoder()
     runs = []
     with vit.register_forward_hook(lambda *_: runs.append(1)):
@@ -497,8 +456,8 @@ def test_masks_by_relevance_run_the_model_once(vit):
         tap.gradient_and_relevance()
 
 
-class Beside(nn.Module):
-    """A CNN with a transformer at its side, which the score does not ask."""
+class UnusedAttention(nn.Module):
+    """A CNN beside a transformer that the score does not use."""
 
     def __init__(self, graph: bool):
         super().__init__()
@@ -512,18 +471,18 @@ class Beside(nn.Module):
 
 
 @pytest.mark.parametrize("graph", [True, False])
-def test_masks_by_relevance_need_attention_that_the_score_asks(graph):
-    with pytest.raises(ValueError, match="mask_by 'relevance' needs attention over the whole picture"):
-        scanner_for(Beside(graph).eval(), "front", mask_by="relevance").generate_decoder()
+def test_relevance_masks_raise_if_score_ignores_attention(graph):
+    with pytest.raises(ValueError, match="mask_by 'relevance' needs attention over the whole image"):
+        make_scanner(UnusedAttention(graph).eval(), "front", mask_by="relevance").generate_decoder()
 
 
-def test_masks_by_relevance_at_a_finer_grid_than_attentions():
+def test_relevance_masks_on_finer_grid_than_attention():
     torch.manual_seed(0)
     vit = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 32, num_classes=5)
     nn.init.normal_(vit.heads.head.weight)
     model = nn.Sequential(nn.Conv2d(3, 3, 3, 2, 1), vit).eval()  # features 16 x 16, attention 4 x 4
     images = torch.rand(2, 3, 32, 32) * 255
-    weighing, plain = (scanner_for(model, "0", mask_by=way).generate_decoder() for way in ("relevance", "gradient"))
+    weighing, plain = (make_scanner(model, "0", mask_by=way).generate_decoder() for way in ("relevance", "gradient"))
     relevance = AttentionRelevance(model, preprocess=lambda x: x / 255)(images, 1, normalize=False)
     finer = nn.functional.interpolate(relevance[:, None], size=(16, 16), mode="bilinear")
     torch.testing.assert_close(weighing.extract(images, 1)[1], plain.extract(images, 1)[1] * finer)
@@ -531,17 +490,17 @@ def test_masks_by_relevance_at_a_finer_grid_than_attentions():
     assert all(each.dtype == torch.float32 for each in double.generate_decoder().extract(images, 1))
 
 
-def test_masks_by_relevance_need_attention_over_the_picture(tiny):
-    with pytest.raises(ValueError, match="mask_by 'relevance' needs attention over the whole picture, and .* attribution"):
-        scanner_for(tiny, mask_by="relevance").generate_decoder()
-    scanner_for(tiny, mask_by="relevance", use_gradient_mask=False).generate_decoder()  # it is not asked for
+def test_relevance_masks_raise_without_attention(tiny):
+    with pytest.raises(ValueError, match="mask_by 'relevance' needs attention over the whole image, and .* attribution"):
+        make_scanner(tiny, mask_by="relevance").generate_decoder()
+    make_scanner(tiny, mask_by="relevance", use_gradient_mask=False).generate_decoder()  # it is not asked for
 
 
-def test_masked_tokens_against_a_plain_loop(vit):
+def test_masked_tokens_equal_loop(vit):
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(4)) * 255
     scanner = vit_scanner(vit, "encoder.layers.encoder_layer_4").generate_decoder()
     features, scores = scanner.extract(images, [1, 2, 3])
-    masked = scanner._masked(features, scores, 90.0).detach().numpy()
+    masked = mask_features(features, scores, 90.0).detach().numpy()
     with FeatureTap(vit, "encoder.layers.encoder_layer_4") as tap:
         tap(Normalize()(images))
         gradient, tokens = tap.gradient([1, 2, 3]).numpy(), tap.features.numpy()
@@ -558,73 +517,98 @@ def test_masked_tokens_against_a_plain_loop(vit):
         assert 0.03 < (expected != 0).mean() < 0.07  # a tenth of the positive half
 
 
-# --- the explainer call ---
+# --- explainer ---
 
 
-def test_explain_answers_the_common_call(tiny, images):
-    scanner = ready(tiny)
-    maps = scanner.explain(images, [0, 1, 2, 3])
+def test_scan_explainer_follows_protocol(tiny, images):
+    scanner = train_scanner(tiny)
+    explainer = scanner.as_explainer()
+    maps = explainer(images, [0, 1, 2, 3])
     assert maps.shape == (4, 32, 32) and maps.amin() == 0 and maps.amax() == 1
-    torch.testing.assert_close(scanner.explain(images[2:3], 2)[0], maps[2], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(scanner.explain(images, lambda row: row[1]), scanner.explain(images, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(explainer(images[2:3], 2)[0], maps[2], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(explainer(images, lambda row: row[1]), explainer(images, 1), rtol=1e-4, atol=1e-5)
     bigger = torch.nn.functional.interpolate(images, size=(48, 40))
-    assert scanner.explain(bigger).shape == (4, 48, 40)
-    assert scanner.explain(images, normalize=False).max() <= 1
+    assert explainer(bigger).shape == (4, 48, 40)
+    assert explainer(images, normalize=False).max() <= 1
     with pytest.raises(ValueError, match="2 classes for 4 images"):
-        scanner.explain(images, [0, 1])
+        explainer(images, [0, 1])
 
 
 def test_float64_uint8_and_other_sizes(tiny, images):
-    scanner = ready(tiny)
+    scanner = train_scanner(tiny)
     a, _ = scanner(images.round().to(torch.uint8))
     b, _ = scanner(images.round().double())
     torch.testing.assert_close(a, b)
     assert scanner(torch.nn.functional.interpolate(images, size=50))[0].shape == (4, 32, 32)
 
 
+def test_larger_images_are_resized_with_antialiasing(tiny):
+    """One white column in four becomes a quarter of white everywhere; without antialiasing it would be missed."""
+    stripes = torch.zeros(1, 3, 32, 128)
+    stripes[..., ::4] = 255
+    resized = make_scanner(tiny).encoder.prepare_images(stripes)
+    assert resized.shape == (1, 3, 32, 32)
+    torch.testing.assert_close(resized[..., 1:-1], torch.full((1, 3, 32, 30), 255 / 4), rtol=0, atol=1)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_model_keeps_its_mode(tiny, images, is_training):
+    tiny.train(is_training)
+    scanner = train_scanner(tiny)
+    scanner(images), scanner.as_explainer()(images)
+    assert all(module.training == is_training for module in tiny.modules())
+
+
+def test_metrics_of_explainers_accept_scan(tiny, images):
+    explainer = train_scanner(tiny).as_explainer(percentile=80)
+    maps = explainer(images, [0, 1, 2, 3])
+    torch.testing.assert_close(explainer(images[0], 0), maps[0], rtol=1e-3, atol=1e-4)
+    assert compute_max_sensitivity(explainer, images, torch.arange(4), samples=2).shape == (4,)
+    assert compute_coherency(explainer, images, maps, torch.arange(4)).shape == (4,)
+    assert explainer(images[:0]).shape == (0, 32, 32)
+
+
 # --- saved decoders ---
 
 
 def test_half_precision_round_trip(tiny, images, tmp_path):
-    scanner = ready(tiny)
+    scanner = train_scanner(tiny)
     scanner.save_decoder(tmp_path / "half.pt", half=True, notes={"who": "me"})
     scanner.save_decoder(tmp_path / "full.pt")
     assert (tmp_path / "half.pt").stat().st_size < (tmp_path / "full.pt").stat().st_size
-    again = scanner_for(tiny)
-    assert again.load_decoder(tmp_path / "half.pt") is again and again.notes == {"who": "me"}
+    again = make_scanner(tiny)
+    assert again.load_decoder(tmp_path / "half.pt") is again and again.decoder_state.notes == {"who": "me"}
     assert next(again.decoder.parameters()).dtype == torch.float32
     torch.testing.assert_close(again(images)[0], scanner(images)[0], atol=0.02, rtol=0)
     assert all(value.device.type == "cpu" for value in torch.load(tmp_path / "half.pt", weights_only=True)["state_dict"].values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_decoders_travel_between_cpu_and_cuda(tiny, images, tmp_path):
-    scanner = ready(tiny)
+def test_decoders_move_between_cpu_and_cuda(tiny, images, tmp_path):
+    scanner = train_scanner(tiny)
     expected = scanner(images)[0]
     scanner.save_decoder(tmp_path / "cpu.pt")
     on_gpu = SCAN(copy.deepcopy(tiny), "back", (32, 32), device="cuda").set_preprocess(lambda x: x / 255)
     on_gpu.load_decoder(tmp_path / "cpu.pt")
     torch.testing.assert_close(on_gpu(images)[0], expected, rtol=1e-2, atol=1e-2)
     on_gpu.save_decoder(tmp_path / "cuda.pt")
-    back = scanner_for(tiny)
+    back = make_scanner(tiny)
     back.load_decoder(tmp_path / "cuda.pt")
     torch.testing.assert_close(back(images)[0], expected, rtol=1e-2, atol=1e-2)
 
 
-def test_decoders_of_another_layer_model_or_weights(tiny, tmp_path):
-    ready(tiny).save_decoder(tmp_path / "d.pt")
-    with pytest.raises(
-        ValueError, match="d.pt was trained for layer = back, this scanner has front; build the scanner as it was"
-    ):
-        scanner_for(tiny, "front").load_decoder(tmp_path / "d.pt")
-    with pytest.raises(ValueError, match="was trained for model = TinyNet, this scanner has ResNet"):
+def test_load_decoder_checks_layer_model_and_weights(tiny, tmp_path):
+    train_scanner(tiny).save_decoder(tmp_path / "d.pt")
+    with pytest.raises(ValueError, match="d.pt must be a decoder for layer = front, got back; build the scanner as it was"):
+        make_scanner(tiny, "front").load_decoder(tmp_path / "d.pt")
+    with pytest.raises(ValueError, match="must be a decoder for model = ResNet, got TinyNet"):
         SCAN(torchvision.models.resnet18(weights=None), "layer1", (32, 32), device="cpu").load_decoder(tmp_path / "d.pt")
-    with pytest.raises(ValueError, match="mask_by = gradient, this scanner has position"):
-        scanner_for(tiny, mask_by="position").load_decoder(tmp_path / "d.pt")
+    with pytest.raises(ValueError, match="mask_by = position, got gradient"):
+        make_scanner(tiny, mask_by="position").load_decoder(tmp_path / "d.pt")
     other = copy.deepcopy(tiny)
     nn.init.normal_(other.head.weight)
     with pytest.warns(UserWarning, match="other weights of the same architecture"):
-        scanner_for(other).load_decoder(tmp_path / "d.pt")
+        make_scanner(other).load_decoder(tmp_path / "d.pt")
 
 
 class Hostile:
@@ -632,23 +616,23 @@ class Hostile:
         return (print, ("code ran",))
 
 
-def test_damaged_and_hostile_decoders(tiny, images, tmp_path, capsys):
-    ready(tiny).save_decoder(tmp_path / "d.pt")
+def test_load_decoder_raises_for_damaged_and_hostile_files(tiny, images, tmp_path, capsys):
+    train_scanner(tiny).save_decoder(tmp_path / "d.pt")
     whole = (tmp_path / "d.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     torch.save(Hostile(), tmp_path / "hostile.pt")
     for name in ("cut.pt", "hostile.pt"):
-        with pytest.raises(ValueError, match=f"{name} is truncated or no plain checkpoint"):
-            scanner_for(tiny).load_decoder(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} is truncated or not a plain checkpoint"):
+            make_scanner(tiny).load_decoder(tmp_path / name)
     assert "code ran" not in capsys.readouterr().out
     torch.save(tiny.state_dict(), tmp_path / "other.pt")
     with pytest.raises(ValueError, match="checkpoint of another kind: it lacks identity"):
-        scanner_for(tiny).load_decoder(tmp_path / "other.pt")
+        make_scanner(tiny).load_decoder(tmp_path / "other.pt")
     broken = torch.load(tmp_path / "d.pt", weights_only=True)
     broken["config"]["decoder"] = "os.system"
     torch.save(broken, tmp_path / "broken.pt")
-    with pytest.raises(ValueError, match="does not fit its own description"):
-        scanner_for(tiny).load_decoder(tmp_path / "broken.pt")
+    with pytest.raises(ValueError, match="does not match its own config"):
+        make_scanner(tiny).load_decoder(tmp_path / "broken.pt")
     whole = torch.load(tmp_path / "d.pt", weights_only=True)
     config = whole["config"]
     for change in (
@@ -661,7 +645,7 @@ def test_damaged_and_hostile_decoders(tiny, images, tmp_path, capsys):
         {"config": 3},
     ):
         torch.save(whole | change, tmp_path / "broken.pt")
-        scanner = ready(tiny)
+        scanner = train_scanner(tiny)
         before = scanner(images)
         with pytest.raises(ValueError, match=r"broken.pt") as raised:
             scanner.load_decoder(tmp_path / "broken.pt")
@@ -669,167 +653,171 @@ def test_damaged_and_hostile_decoders(tiny, images, tmp_path, capsys):
         torch.testing.assert_close(scanner(images), before)  # the decoder that was there still is
 
 
-def test_shipped_decoder_on_fresh_scenes():
-    target = load_classifier("signs_cnn")
-    scanner = SCAN(target.model, target.layer, target.image_size, device="cpu").set_preprocess(target.preprocess)
+def test_shipped_decoder_on_new_scenes():
+    classifier = load_classifier("signs_cnn")
+    scanner = SCAN(classifier.model, classifier.layer, classifier.image_size, device="cpu").set_preprocess(classifier.preprocess)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it must be the decoder of these very weights
         scanner.load_decoder(CHECKPOINTS / "signs_cnn_decoder.pt")
     images, _, masks = map(list, zip(*Signs(200, seed=77, masks=True), strict=True))
-    maps, masks = scanner.explain(torch.stack(images)), torch.stack(masks)
+    maps, masks = scanner.as_explainer()(torch.stack(images)), torch.stack(masks)
     images = torch.stack(images)
-    with FeatureTap(target.model, target.layer) as tap:
-        classes = tap(target.preprocess(images)).argmax(1)
+    with FeatureTap(classifier.model, classifier.layer) as tap:
+        classes = tap(classifier.preprocess(images)).argmax(1)
         cam = normalize_map(grad_cam(tap.features, tap.gradient(classes)), (64, 64))
-    score = build_class_score(target.model, target.preprocess, classes)
+    score = build_class_score(classifier.model, classifier.preprocess, classes)
     ours, theirs = evaluate_maps(maps, masks, images, score), evaluate_maps(cam, masks, images, score)
     assert ours["energy"] >= 0.57 and ours["peak"] >= 0.85 and ours["IoU"] > theirs["IoU"]
     assert ours["deletion"] <= theirs["deletion"] and ours["insertion"] >= theirs["insertion"] - 0.01
     assert sum(path.stat().st_size for path in CHECKPOINTS.glob("signs_cnn*.pt")) < 4e6
 
 
-def test_shipped_vit_decoder_on_fresh_scenes():
-    target = load_classifier("signs_vit")
-    scanner = SCAN(target.model, target.layer, target.image_size, device="cpu", mask_by="relevance")
-    scanner.set_preprocess(target.preprocess)
+def test_shipped_vit_decoder_on_new_scenes():
+    classifier = load_classifier("signs_vit")
+    scanner = SCAN(classifier.model, classifier.layer, classifier.image_size, device="cpu", mask_by="relevance")
+    scanner.set_preprocess(classifier.preprocess)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scanner.load_decoder(CHECKPOINTS / "signs_vit_decoder.pt")
     images, _, masks = map(list, zip(*Signs(200, seed=77, masks=True), strict=True))
     images, masks = torch.stack(images), torch.stack(masks)
-    with FeatureTap(target.model, target.layer) as tap:
-        classes = tap(target.preprocess(images)).argmax(1)
+    with FeatureTap(classifier.model, classifier.layer) as tap:
+        classes = tap(classifier.preprocess(images)).argmax(1)
         cam = normalize_map(layer_cam(tap.layout.to_maps(tap.features), tap.layout.to_maps(tap.gradient(classes))), (64, 64))
-    score = build_class_score(target.model, target.preprocess, classes)
-    ours = evaluate_maps(scanner.explain(images, classes), masks, images, score)
+    score = build_class_score(classifier.model, classifier.preprocess, classes)
+    ours = evaluate_maps(scanner.as_explainer()(images, classes), masks, images, score)
     theirs = evaluate_maps(cam, masks, images, score)
     assert ours["energy"] >= 0.65 and ours["peak"] >= 0.85 and ours["IoU"] >= 0.55
     assert ours["deletion"] <= 0.21 and ours["insertion"] >= 0.89
     assert all(ours[name] > theirs[name] for name in ("energy", "peak", "IoU")) and ours["deletion"] < theirs["deletion"]
-    raw = scanner.explain(images, classes, normalize=False)
+    raw = scanner.as_explainer()(images, classes, normalize=False)
     assert compute_checkerboard(raw).mean() < 0.005 and compute_checkerboard(raw, 4).mean() < 0.005  # no dithering
     assert sum(path.stat().st_size for path in CHECKPOINTS.glob("signs_vit*.pt")) < 4e6
 
 
-# --- bad input: one line that says what would work ---
+# --- invalid input ---
 
 
-def test_bad_images(tiny, images):
-    scanner = ready(tiny)
+def test_invalid_images_raise(tiny, images):
+    scanner = train_scanner(tiny)
     for bad, message in [
-        (images[:, :2], r"image must be a tensor \(3, H, W\) or \(N, 3, H, W\) in \[0, 255\], not \(4, 2, 32, 32\)"),
+        (images[:, :2], r"image must be a tensor \(3, H, W\) or \(N, 3, H, W\) in \[0, 255\], got \(4, 2, 32, 32\)"),
         (images.numpy(), "image must be a tensor"),
-        ("cat.jpg", "not str"),
-        (images * float("nan"), "image holds NaN or infinite values; expected finite pixels"),
+        ("cat.jpg", "got str"),
+        (images * float("nan"), "image must hold finite pixels in \\[0, 255\\], got NaN or infinite values"),
     ]:
         with pytest.raises(ValueError, match=message):
             scanner(bad)
-    with pytest.warns(UserWarning, match=r"image values lie in \[.*\], but \[0, 255\] is expected; multiply by 255"):
+    with pytest.warns(UserWarning, match=r"image values must be in \[0, 255\], got \[.*\]; multiply the image by 255"):
         scanner(images / 255)
 
 
-def test_warnings_come_once_a_scanner_and_only_for_cause(tiny, images):
-    scanner = ready(tiny)
-    with pytest.warns(UserWarning, match="multiply by 255") as raised:
+def test_range_warning_is_given_once(tiny, images):
+    scanner = train_scanner(tiny)
+    with pytest.warns(UserWarning, match="multiply the image by 255") as raised:
         for shift in range(3):
             scanner(images / (256 + shift))
     assert len(raised) == 1
-    with pytest.warns(UserWarning, match="is expected, before normalising"):
-        ready(tiny)(images - 100)
+    with pytest.warns(UserWarning, match="pass the image before it is normalized"):
+        train_scanner(tiny)(images - 100)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ready(tiny)(torch.ones(3, 32, 32, dtype=torch.uint8))
+        train_scanner(tiny)(torch.ones(3, 32, 32, dtype=torch.uint8))
 
 
 def test_models_in_other_precisions(tiny, images):
-    expected = ready(tiny)(images)[0]
-    double = scanner_for(copy.deepcopy(tiny).double()).set_preprocess(lambda x: (x / 255).double())
+    expected = train_scanner(tiny)(images)[0]
+    double = make_scanner(copy.deepcopy(tiny).double()).set_preprocess(lambda x: (x / 255).double())
     torch.manual_seed(0)
-    double.set_dataset(DataLoader(pictures(), 4)).generate_decoder().compile().fit(1, verbose=False)
+    double.set_dataset(DataLoader(make_data(), 4)).generate_decoder().compile().fit(1, verbose=False)
     assert double(images)[0].dtype == expected.dtype == torch.float32
     features, scores = double.extract(images)
     assert features.dtype == scores.dtype == torch.float32
 
 
-def test_fit_works_where_gradients_are_off(tiny, images):
+def test_fit_works_under_no_grad_and_inference_mode(tiny, images):
     with torch.no_grad():
-        ready(tiny)(images)
+        train_scanner(tiny)(images)
     with torch.inference_mode():
-        ready(tiny)
+        train_scanner(tiny)
 
 
-def test_a_fit_that_took_no_step_trained_nothing(tiny, images):
-    scanner = scanner_for(tiny).set_dataset([]).generate_decoder().compile()
-    with pytest.raises(ValueError, match="the loader is empty"):
+def test_fit_without_a_step_leaves_decoder_untrained(tiny, images):
+    scanner = make_scanner(tiny).set_dataset([]).generate_decoder().compile()
+    with pytest.raises(ValueError, match="loader"):
         scanner.fit(1, verbose=False)
-    with pytest.raises(RuntimeError, match="not trained yet"):
+    with pytest.raises(RuntimeError, match="not trained"):
         scanner(images)
-    with pytest.raises(ValueError, match="epochs 0 is no number of epochs; give 1 or more"):
+    with pytest.raises(ValueError, match="epochs must be an integer of at least 1, got 0"):
         scanner.fit(0)
 
 
-def test_broken_weights_are_not_saved(tiny, tmp_path):
-    scanner = ready(tiny)
+def test_infinite_weights_are_not_saved(tiny, tmp_path):
+    scanner = train_scanner(tiny)
     with torch.no_grad():
         next(scanner.decoder.parameters()).fill_(float("nan"))
-    with pytest.raises(ValueError, match="weights are not finite, so it was not saved"):
+    with pytest.raises(ValueError, match="weights must be finite"):
         scanner.save_decoder(tmp_path / "d.pt")
 
 
-def test_bad_sizes_and_batches(tiny):
+def test_invalid_sizes_and_batches_raise(tiny):
     for size in (0, (32,), (32, 0)):
-        with pytest.raises(ValueError, match="is no size; give"):
+        with pytest.raises(ValueError, match="image_size must be \\(height, width\\)"):
             SCAN(tiny, "back", image_size=size, device="cpu")
     for bad in (80, (70, 80, 90), None):
-        with pytest.raises(ValueError, match=r"is no range; give \(low, high\)"):
-            scanner_for(tiny).set_dataset([], use_augmentation=bad)
-    scanner = scanner_for(tiny).set_dataset([{"image": 1}]).generate_decoder().compile()
-    with pytest.raises(TypeError, match=r"the loader gives dictionaries \(image\); give \(images, labels\)"):
+        with pytest.raises(ValueError, match=r"use_augmentation must be \(low, high\)"):
+            make_scanner(tiny).set_dataset([], use_augmentation=bad)
+    scanner = make_scanner(tiny).set_dataset([{"image": 1}]).generate_decoder().compile()
+    with pytest.raises(TypeError, match=r"a batch must be \(images, labels\) or images alone, got a dictionary of image"):
         scanner.fit(1, verbose=False)
 
 
-def test_bad_percentiles_and_classes(tiny, images):
-    scanner = ready(tiny)
+def test_invalid_percentiles_and_classes_raise(tiny, images):
+    scanner = train_scanner(tiny)
     for percentile in (-1, 101, float("nan"), "95"):
-        with pytest.raises(ValueError, match=r"out of range; give a number in 0\.\.100"):
+        with pytest.raises(ValueError, match=r"percentile must be a number in \[0, 100\], got"):
             scanner(images, percentile=percentile)
     with pytest.raises(ValueError, match=r"class 5 is out of range: the model has classes 0\.\.4"):
         scanner(images, class_idx=5)
     for options in ({}, {"use_gradient_mask": False}):
         with pytest.raises(ValueError, match=r"class -1 is out of range"):
-            ready(tiny, **options)(images, class_idx=-1)
+            train_scanner(tiny, **options)(images, class_idx=-1)
     with pytest.raises(ValueError, match="3 classes for 4 images"):
         scanner(images, class_idx=[0, 1, 2])
-    with pytest.raises(ValueError, match="runs backwards"):
+    with pytest.raises(ValueError, match=r"use_augmentation must be \(low, high\)"):
         scanner.set_dataset([], use_augmentation=(100, 70))
-    with pytest.raises(ValueError, match="percentile 120 is out of range"):
+    with pytest.raises(ValueError, match=r"percentile must be a number in \[0, 100\], got 120"):
         scanner.set_dataset([], use_augmentation=(70, 120))
 
 
-def test_bad_layers(tiny):
+def test_invalid_layers_raise(tiny):
     with pytest.raises(ValueError, match="target_layer 'bak' not found; close matches: back"):
-        scanner_for(tiny, "bak")
+        make_scanner(tiny, "bak")
     with pytest.raises(RuntimeError, match="layer 'unused' did not run"):
-        scanner_for(tiny, "unused").generate_decoder()
+        make_scanner(tiny, "unused").generate_decoder()
     with pytest.raises(ValueError, match="no spatial extent"):
-        scanner_for(tiny, "head").generate_decoder()
-    with pytest.raises(ValueError, match="mask_by 'grad' is not known; take one of gradient, attribution, position, relevance"):
-        scanner_for(tiny, mask_by="grad")
+        make_scanner(tiny, "head").generate_decoder()
+    with pytest.raises(ValueError, match="mask_by must be one of gradient, attribution, position, relevance, got 'grad'"):
+        make_scanner(tiny, mask_by="grad")
 
 
-def test_steps_out_of_order(tiny, images, tmp_path):
-    scanner = scanner_for(tiny)
-    with pytest.raises(RuntimeError, match="no decoder yet; call generate_decoder"):
+def test_calls_out_of_order_raise(tiny, images, tmp_path):
+    scanner = make_scanner(tiny)
+    with pytest.raises(RuntimeError, match="there is no decoder; call generate_decoder"):
         scanner(images)
-    with pytest.raises(RuntimeError, match="no decoder yet"):
+    with pytest.raises(RuntimeError, match="there is no decoder"):
         scanner.compile()
     with pytest.raises(RuntimeError, match="nothing to train on; call set_dataset"):
         scanner.fit(1)
-    scanner.set_dataset(DataLoader(pictures(), 4)).generate_decoder()
+    scanner.set_dataset(DataLoader(make_data(), 4)).generate_decoder()
     with pytest.raises(RuntimeError, match="not compiled; call compile"):
         scanner.fit(1)
-    for call in (lambda: scanner(images), lambda: scanner.explain(images), lambda: scanner.save_decoder(tmp_path / "d.pt")):
-        with pytest.raises(RuntimeError, match=r"not trained yet; call fit\(\)"):
+    for call in (
+        lambda: scanner(images),
+        lambda: scanner.as_explainer()(images),
+        lambda: scanner.save_decoder(tmp_path / "d.pt"),
+    ):
+        with pytest.raises(RuntimeError, match=r"not trained; call fit\(\)"):
             call()
     scanner.compile().fit(1, verbose=False)
     scanner(images)
@@ -837,56 +825,56 @@ def test_steps_out_of_order(tiny, images, tmp_path):
 
 def test_empty_loader(tiny):
     for cache in (True, False):
-        scanner = scanner_for(tiny).set_dataset([]).generate_decoder().compile()
-        with pytest.raises(ValueError, match="the loader is empty; give it at least one batch"):
+        scanner = make_scanner(tiny).set_dataset([]).generate_decoder().compile()
+        with pytest.raises(ValueError, match="loader"):
             scanner.fit(1, verbose=False, cache=cache)
-    with pytest.raises(ValueError, match="cache 'yes' is not known"):
+    with pytest.raises(ValueError, match="cache must be True, False or 'auto', got 'yes'"):
         scanner.fit(1, cache="yes")
 
 
 # --- several percentiles, and evidence ---
 
 
-def test_several_percentiles_are_the_mean_of_their_maps(tiny):
-    scanner, images = ready(tiny), pictures().tensors[0]
+def test_several_percentiles_are_averaged(tiny):
+    scanner, images = train_scanner(tiny), make_data().tensors[0]
     features, scores = scanner.extract(images)
     one = [scanner.decode(features, scores, p)[0] for p in (60, 80, 95)]
     several, rebuilt = scanner.decode(features, scores, (60, 80, 95))
     torch.testing.assert_close(several, sum(one) / 3)
     assert not torch.allclose(one[0], one[2]) and rebuilt.dtype == torch.uint8
     torch.testing.assert_close(scanner(images, percentile=np.array([60, 80, 95]))[0], several)
-    maps = scanner.explain(images, percentile=(60, 80, 95), normalize=False)
-    torch.testing.assert_close(maps, sum(scanner.explain(images, None, p, normalize=False) for p in (60, 80, 95)) / 3)
+    maps = scanner.as_explainer((60, 80, 95))(images, normalize=False)
+    torch.testing.assert_close(maps, sum(scanner.as_explainer(p)(images, normalize=False) for p in (60, 80, 95)) / 3)
 
 
 @pytest.mark.parametrize("wrong", [(), (50, 101), "95", [-1.0]])
-def test_percentiles_that_are_none(tiny, wrong):
-    scanner = ready(tiny)
-    with pytest.raises(ValueError, match="percentile .*; give a number in 0..100"):
-        scanner.explain(pictures().tensors[0], percentile=wrong)
+def test_invalid_percentiles_raise(tiny, wrong):
+    scanner = train_scanner(tiny)
+    with pytest.raises(ValueError, match="percentile must be a number in"):
+        scanner.as_explainer(wrong)(make_data().tensors[0])
 
 
-def test_evidence_is_weighed_by_confidence_over_its_mean(tiny):
-    scanner, images, seen = ready(tiny), pictures().tensors[0], []
+def test_evidence_is_weighted_by_normalized_confidence(tiny):
+    scanner, images, seen = train_scanner(tiny), make_data().tensors[0], []
     half = torch.zeros(len(images), 32, 32)
     half[:, :, 16:] = 0.5
 
-    def evidence(pictures, target):
-        seen.append((pictures, target))
+    def evidence(make_data, target):
+        seen.append((make_data, target))
         return half
 
-    confidence = scanner.explain(images, 3, 90, normalize=False)
+    confidence = scanner.as_explainer(90)(images, 3, normalize=False)
     assert confidence.shape[1:] == (32, 32)  # so nothing is resized
     by_hand = half * (1 + confidence / confidence.mean((1, 2), keepdim=True))
-    torch.testing.assert_close(scanner.explain(images, 3, 90, normalize=False, evidence=evidence), by_hand)
-    torch.testing.assert_close(scanner.explain(images, 3, 90, evidence=evidence), normalize_map(by_hand, (32, 32)))
+    torch.testing.assert_close(scanner.as_explainer(90, evidence)(images, 3, normalize=False), by_hand)
+    torch.testing.assert_close(scanner.as_explainer(90, evidence)(images, 3), normalize_map(by_hand, (32, 32)))
     assert torch.equal(seen[0][0], images) and seen[0][1] == 3
-    flat = scanner.explain(images, 3, 90, evidence=lambda pictures, target: torch.ones(len(pictures), 8, 8))
-    torch.testing.assert_close(flat, scanner.explain(images, 3, 90))  # says nothing of any place
+    flat = scanner.as_explainer(90, lambda images, target: torch.ones(len(images), 8, 8))(images, 3)
+    torch.testing.assert_close(flat, scanner.as_explainer(90)(images, 3))  # says nothing of any place
 
 
-def test_evidence_sees_the_pictures_as_scan_does_and_may_need_gradients(tiny):
-    scanner, sizes = ready(tiny), []
+def test_evidence_gets_resized_images_and_may_use_gradients(tiny):
+    scanner, sizes = train_scanner(tiny), []
 
     def saliency(x, target):
         sizes.append(x.shape)
@@ -894,47 +882,47 @@ def test_evidence_sees_the_pictures_as_scan_does_and_may_need_gradients(tiny):
             x = x.clone().requires_grad_()
             return torch.autograd.grad(tiny(x).amax(1).sum(), x)[0].abs().sum(1)
 
-    maps = scanner.explain(torch.rand(2, 3, 48, 40) * 255, evidence=saliency)
+    maps = scanner.as_explainer(evidence=saliency)(torch.rand(2, 3, 48, 40) * 255)
     assert sizes == [(2, 3, 32, 32)] and maps.shape == (2, 48, 40)
-    by_scan = scanner.explain(pictures().tensors[0], evidence=scanner)  # an object with ``explain`` will do
+    by_scan = scanner.as_explainer(evidence=scanner.as_explainer())(make_data().tensors[0])
     assert by_scan.shape == (12, 32, 32)
 
 
-def test_fine_evidence_is_averaged_not_sampled(tiny):
+def test_fine_evidence_is_resized_with_antialiasing(tiny):
     scanner = SCAN(tiny, "back", (64, 64), device="cpu").set_preprocess(lambda x: x / 255)
-    scanner.set_dataset(DataLoader(pictures(8, 64), 4)).generate_decoder(output_stride=4).compile().fit(1, verbose=False)
-    images, dots = pictures(2, 64).tensors[0], torch.zeros(2, 64, 64)
+    scanner.set_dataset(DataLoader(make_data(8, 64), 4)).generate_decoder(output_stride=4).compile().fit(1, verbose=False)
+    images, dots = make_data(2, 64).tensors[0], torch.zeros(2, 64, 64)
     dots[:, ::4, ::4] = 1  # one pixel of each of the decoder's
-    weighed = scanner.explain(images, normalize=False, evidence=lambda *_: dots)
+    weighed = scanner.as_explainer(evidence=lambda *_: dots)(images, normalize=False)
     assert weighed.shape == (2, 16, 16) and (weighed > 0).all()
 
 
-def test_empty_evidence_leaves_the_confidence(tiny):
-    scanner, images = ready(tiny), pictures().tensors[0]
+def test_empty_evidence_gives_confidence(tiny):
+    scanner, images = train_scanner(tiny), make_data().tensors[0]
     half_empty = torch.ones(len(images), 8, 8)
     half_empty[:6] = 0
-    with pytest.warns(UserWarning, match="the evidence of 6 images is empty"):
-        maps = scanner.explain(images, evidence=lambda *_: half_empty)
-    torch.testing.assert_close(maps[:6], scanner.explain(images)[:6])
+    with pytest.warns(UserWarning, match="the evidence of 6 images is zero"):
+        maps = scanner.as_explainer(evidence=lambda *_: half_empty)(images)
+    torch.testing.assert_close(maps[:6], scanner.as_explainer()(images)[:6])
 
 
 @pytest.mark.parametrize("evidence", ["GradCAM", lambda x, _: x, lambda x, _: -torch.ones(len(x), 4, 4)])
-def test_evidence_that_is_none(tiny, evidence):
+def test_invalid_evidence_raises(tiny, evidence):
     with pytest.raises(ValueError, match="^evidence "):
-        ready(tiny).explain(pictures().tensors[0], evidence=evidence)
+        train_scanner(tiny).as_explainer(evidence=evidence)(make_data().tensors[0])
 
 
-# --- encoded once, for several decoders ---
+# --- one encoding for several decoders ---
 
 
-def test_decoders_share_encoded_pictures(tiny):
-    loader = DataLoader(pictures(), 4, shuffle=True)
-    apart, shared = scanner_for(tiny), scanner_for(tiny)
+def test_decoders_share_encoded_images(tiny):
+    loader = DataLoader(make_data(), 4, shuffle=True)
+    apart, shared = make_scanner(tiny), make_scanner(tiny)
     histories = []
     for scanner in (apart, shared):
         torch.manual_seed(0)
         scanner.generate_decoder()
-        scanner.set_dataset(loader if scanner is apart else scanner.encoded(loader, verbose=False)).compile()
+        scanner.set_dataset(loader if scanner is apart else scanner.encode_dataset(loader, verbose=False)).compile()
         histories.append(scanner.fit(2, verbose=False, cache=True))
     assert histories[0] == histories[1]
     runs = []
@@ -942,26 +930,26 @@ def test_decoders_share_encoded_pictures(tiny):
     shared.generate_decoder().compile().fit(1, verbose=False)
     handle.remove()
     assert not runs  # the model rests
-    with pytest.raises(RuntimeError, match="there is no decoder yet"):
-        scanner_for(tiny).encoded(loader)
+    with pytest.raises(RuntimeError, match="there is no decoder"):
+        make_scanner(tiny).encode_dataset(loader)
 
 
 @pytest.mark.parametrize(
     ("other", "named"),
     [({"mask_by": "attribution"}, "mask_by"), ({"layer": "front"}, "layer"), ({"size": 64}, "grid"), ({"stride": 2}, "decoded")],
 )
-def test_pictures_encoded_for_another_scanner_are_refused(tiny, other, named):
+def test_features_of_another_scanner_raise(tiny, other, named):
     stride = other.pop("stride", None)
-    cache = scanner_for(tiny).generate_decoder().encoded(DataLoader(pictures(), 4), verbose=False)
-    scanner = scanner_for(tiny, **other).set_dataset(cache).generate_decoder(output_stride=stride).compile()
-    with pytest.raises(ValueError, match=f"the pictures were encoded for {named} = "):
+    cache = make_scanner(tiny).generate_decoder().encode_dataset(DataLoader(make_data(), 4), verbose=False)
+    scanner = make_scanner(tiny, **other).set_dataset(cache).generate_decoder(output_stride=stride).compile()
+    with pytest.raises(ValueError, match=f"the features must be encoded for {named} = "):
         scanner.fit(1, verbose=False)
 
 
-def test_batches_of_a_single_tensor_are_images_alone(tiny):
-    images = pictures().tensors[0]
-    alone, tuples = (scanner_for(tiny).generate_decoder() for _ in range(2))
-    first = alone.encoded(DataLoader(TensorDataset(images), 4), verbose=False)
-    second = tuples.encoded(DataLoader(images, 4), verbose=False)
+def test_batches_may_be_images_alone(tiny):
+    images = make_data().tensors[0]
+    alone, tuples = (make_scanner(tiny).generate_decoder() for _ in range(2))
+    first = alone.encode_dataset(DataLoader(TensorDataset(images), 4), verbose=False)
+    second = tuples.encode_dataset(DataLoader(images, 4), verbose=False)
     for a, b in zip(first.tensors, second.tensors, strict=True):
         torch.testing.assert_close(a, b)

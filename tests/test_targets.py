@@ -1,85 +1,180 @@
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from scanlib import CAM, FinerCAM, GradCAM, ScoreCAM, targets
-from scanlib.targets import against_others, compute_scores, resolve_classes
+from scanlib import CAM, FinerCAM, GradCAM, ScoreCAM
+from scanlib.targets import (
+    BinaryScore,
+    Contrast,
+    DetectionScore,
+    LogProbability,
+    OutputValue,
+    Probability,
+    ReST,
+    SegmentationScore,
+    Similarity,
+    compute_scores,
+    explain_log_probability,
+    is_callable_target,
+    resolve_classes,
+    select_targets,
+)
 
 
 def test_classes_and_their_scores():
     logits = torch.tensor([[1.0, 3, 2], [5, 4, 6]])
     assert resolve_classes(logits, None).tolist() == [1, 2]
-    assert resolve_classes(logits, torch.tensor([-1, 0]), unknown=True).tolist() == [1, 0]  # not known: the predicted one
+    assert resolve_classes(logits, torch.tensor([-1, 0]), unknown=True).tolist() == [1, 0]  # -1 becomes the predicted class
+    assert resolve_classes(logits, torch.tensor([0, 2], dtype=torch.uint8)).tolist() == [0, 2]
     assert compute_scores(logits, 0).tolist() == [1, 5]
     assert compute_scores(logits, [2, 1]).tolist() == [2, 4]
+    assert compute_scores(logits, [OutputValue(2), OutputValue(0)]).tolist() == [2, 5]
 
 
-def test_targets_are_what_they_say():
-    row = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
-    p = np.exp(row.numpy()) / np.exp(row.numpy()).sum()
-    assert float(targets.softmax(1)(row)) == pytest.approx(p[1])
-    assert float(targets.log_probability(2)(row)) == pytest.approx(math.log(p[2]))
-    assert float(targets.rest(1)(row)) == pytest.approx(3 + math.log(p[1]))
-    assert float(targets.binary()(row[:1])) == 1 and float(targets.binary(False)(row[:1])) == -1
-    assert float(targets.regression(2)(row)) == 2
-    assert float(targets.contrast(None, 1, 0.5)(row)) == pytest.approx(3 - 0.5 * 2)
-    assert float(targets.contrast(0, 2)(row)) == pytest.approx((p[2] * (1 - 2) + p[1] * (1 - 3)) / (p[1] + p[2]))
-    assert float(targets.similarity(torch.tensor([0.0, 1.0, 0.0]))(row)) == pytest.approx(3 / math.sqrt(14))
+def test_callable_targets_are_recognised():
+    assert is_callable_target(Probability(1)) and is_callable_target([Probability(1), lambda output: output[0]])
+    assert not any(map(is_callable_target, (None, 1, [1, 2], [], torch.tensor([1]))))
+
+
+def test_selected_targets_belong_to_the_selected_images():
+    indices = torch.tensor([2, 0])
+    assert select_targets(torch.tensor([4, 5, 6]), indices).tolist() == [6, 4]
+    assert select_targets([Probability(4), Probability(5), Probability(6)], indices) == [Probability(6), Probability(4)]
+    assert select_targets(3, indices) == 3 and select_targets(None, indices) is None
+
+
+def test_target_functions_by_hand():
+    logits = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
+    p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum()
+    assert float(Probability(1)(logits)) == pytest.approx(p[1])
+    assert float(LogProbability(2)(logits)) == pytest.approx(math.log(p[2]))
+    assert float(ReST(1)(logits)) == pytest.approx(3 + math.log(p[1]))
+    assert float(BinaryScore()(logits[:1])) == 1 and float(BinaryScore(False)(logits[:1])) == -1
+    assert float(OutputValue(2)(logits)) == 2
+    assert float(Contrast(None, 1, 0.5)(logits)) == pytest.approx(3 - 0.5 * 2)
+    assert float(Contrast(0, 2)(logits)) == pytest.approx((p[2] * (1 - 2) + p[1] * (1 - 3)) / (p[1] + p[2]))
+    assert float(Similarity(torch.tensor([0.0, 1.0, 0.0]))(logits)) == pytest.approx(3 / math.sqrt(14))
     maps = torch.arange(8.0).view(2, 2, 2)
-    assert float(targets.segmentation(1, torch.tensor([[True, False], [False, True]]))(maps)) == 4 + 7
-    found = {
+    assert float(SegmentationScore(1, torch.tensor([[True, False], [False, True]]))(maps)) == 4 + 7
+
+
+def test_detection_score_by_hand():
+    detections = {
         "boxes": torch.tensor([[0.0, 0, 10, 10], [0, 0, 4, 10], [50, 50, 60, 60]]),
         "labels": torch.tensor([1, 1, 2]),
         "scores": torch.tensor([0.5, 0.9, 0.8]),
     }
-    wanted = torch.tensor([[0.0, 0, 8, 10], [50, 50, 60, 60]])
-    assert float(targets.detection(wanted, [1, 2])(found)) == pytest.approx(0.8 + 0.5 + 1 + 0.8)
-    assert float(targets.detection(wanted, [2, 1])(found)) == 0  # wrong labels
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
-    assert float(targets.detection(wanted, [1, 2])(nothing)) == 0
+    boxes = torch.tensor([[0.0, 0, 8, 10], [50, 50, 60, 60]])
+    assert float(DetectionScore(boxes, [1, 2])(detections)) == pytest.approx(0.8 + 0.5 + 1 + 0.8)
+    assert float(DetectionScore(boxes, torch.tensor([1, 2]), iou=0.9)(detections)) == pytest.approx(1 + 0.8)
+    assert float(DetectionScore(boxes, [2, 1])(detections)) == 0  # wrong labels
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+    assert float(DetectionScore(boxes, [1, 2])(empty)) == 0
 
 
-def test_the_log_probability_leaves_out_what_all_classes_share():
+def test_target_functions_can_be_printed_compared_and_pickled():
+    functions = [Probability(1), LogProbability(1), ReST(1), BinaryScore(), OutputValue(), Contrast(1, [2, 3])]
+    for function in functions:
+        assert pickle.loads(pickle.dumps(function)) == function
+    assert repr(Contrast(1, [2, 3])) == "Contrast(target=1, references=[2, 3], strength=1.0)"
+    maps, mask = torch.arange(8.0).view(2, 2, 2), torch.tensor([[True, False], [False, True]])
+    with_tensors = [
+        (SegmentationScore(1, mask), maps),
+        (Similarity(torch.tensor([1.0, 2.0])), torch.tensor([3.0, 1.0])),
+        (
+            DetectionScore(torch.tensor([[0.0, 0, 2, 2]]), [1]),
+            {"boxes": torch.tensor([[0.0, 0, 2, 2]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.5])},
+        ),
+    ]
+    for function, output in with_tensors:
+        assert torch.equal(pickle.loads(pickle.dumps(function))(output), function(output))
+        assert function == function and function != pickle.loads(pickle.dumps(function))  # compared by identity
+    assert repr(SegmentationScore(1, mask)) == "SegmentationScore(target=1)"
+
+
+def test_log_probability_ignores_evidence_that_all_classes_share():
     features = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    weights = torch.tensor([[3.0, 1.0], [2.0, 1.0]], dtype=torch.float64)  # the second feature speaks for both alike
-    row = weights @ features
-    gradient = torch.autograd.grad(targets.log_probability(0)(row), features)[0]
-    p = row.detach().softmax(0)
+    weights = torch.tensor([[3.0, 1.0], [2.0, 1.0]], dtype=torch.float64)  # the second feature raises both logits equally
+    logits = weights @ features
+    gradient = torch.autograd.grad(LogProbability(0)(logits), features)[0]
+    p = logits.detach().softmax(0)
     assert torch.allclose(gradient, weights[0] - p @ weights) and float(gradient[1]) == pytest.approx(0, abs=1e-12)
 
 
-def test_the_log_probability_has_a_gradient_where_the_model_is_sure():
-    row = torch.tensor([30.0, 0.0, -1.0], requires_grad=True)  # 1 - p_c is far below what a float32 next to 1 can tell
-    gradient = torch.autograd.grad(targets.log_probability(0)(row), row)[0]
-    rest = [math.exp(-30), math.exp(-31)]
-    exact = torch.tensor([sum(rest), -rest[0], -rest[1]]) / (1 + sum(rest))
-    torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=0)
-    with pytest.raises(ValueError, match="class 3 is out of range: the model has classes 0..2"):
-        targets.log_probability(3)(row)
+def test_log_probability_has_a_gradient_where_the_model_is_certain():
+    logits = torch.tensor([30.0, 0.0, -1.0], requires_grad=True)  # in float32, p_c is rounded to 1
+    gradient = torch.autograd.grad(LogProbability(0)(logits), logits)[0]
+    others = [math.exp(-30), math.exp(-31)]
+    expected = torch.tensor([sum(others), -others[0], -others[1]]) / (1 + sum(others))
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match=r"target class 3 is out of range: the model has classes 0\.\.2"):
+        LogProbability(3)(logits)
 
 
-def test_against_others_is_the_same_explainer_of_the_log_probability():
+@pytest.fixture
+def model():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+    return nn.Sequential(*layers).eval()
+
+
+@pytest.mark.parametrize("method", [GradCAM, ScoreCAM])
+@pytest.mark.parametrize(
+    ("target", "classes"),
+    [
+        (torch.tensor([2, 0]), [2, 0]),
+        ([1, 2], [1, 2]),
+        (1, [1, 1]),
+        (torch.tensor(1), [1, 1]),
+        (np.int64(1), [1, 1]),
+    ],
+)
+def test_explain_log_probability_is_the_same_explainer_of_another_score(model, method, target, classes):
+    images, explainer = torch.rand(2, 3, 8, 8), method(model, "1")
+    explain = explain_log_probability(explainer)
+    scores = [LogProbability(c) for c in classes]
+    assert torch.equal(explain(images, target), explainer(images, scores))
+    assert torch.equal(explain(images, target, normalize=False), explainer(images, scores, normalize=False))
+
+
+def test_explain_log_probability_differs_from_the_logit(model):
     images = torch.rand(2, 3, 8, 8)
-    for explain in (GradCAM(model, "1"), ScoreCAM(model, "1")):
-        asked = against_others(explain)
-        for target, each in (
-            (torch.tensor([2, 0]), [2, 0]),
-            ([1, 2], [1, 2]),
-            (1, [1, 1]),
-            (torch.tensor(1), [1, 1]),
-            (np.int64(1), [1, 1]),
-        ):
-            expected = explain(images, [targets.log_probability(c) for c in each])
-            assert torch.equal(asked(images, target), expected)
-        assert asked(images, 1, normalize=False).shape == (2, 8, 8)
-    assert not torch.allclose(against_others(GradCAM(model, "1"))(images, 1), GradCAM(model, "1")(images, 1))
-    with pytest.raises(ValueError, match="target is None; give a class"):
-        asked(images, None)
-    for of_classes in (CAM, FinerCAM):
-        with pytest.raises(TypeError, match=f"{of_classes.__name__}'s target must be a class, not a callable"):
-            against_others(of_classes(model, "1"))(images, [0, 1])
+    assert not torch.allclose(explain_log_probability(GradCAM(model, "1"))(images, 1), GradCAM(model, "1")(images, 1))
+
+
+def test_explain_log_probability_takes_any_function(model):
+    explain = explain_log_probability(lambda images, target: target)
+    assert explain(torch.rand(2, 3, 8, 8), [1, 2]) == [LogProbability(1), LogProbability(2)]
+
+
+def test_explain_log_probability_raises_without_a_class(model):
+    with pytest.raises(ValueError, match="target must be a class or one per image, got None"):
+        explain_log_probability(GradCAM(model, "1"))(torch.rand(2, 3, 8, 8), None)
+
+
+@pytest.mark.parametrize("method", [CAM, FinerCAM])
+def test_methods_of_classes_reject_log_probabilities(model, method):
+    with pytest.raises(TypeError, match=f"target must be a class for {method.__name__}, .* got a callable"):
+        explain_log_probability(method(model, "1"))(torch.rand(2, 3, 8, 8), [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "target", "error", "message"),
+    [
+        (torch.zeros(2, 3), 3, ValueError, r"target class 3 is out of range: the model has classes 0\.\.2"),
+        (torch.zeros(2, 3), [0, -1], ValueError, "target class -1 is out of range"),
+        (torch.zeros(2, 3), [0, 1, 2], ValueError, "one per image, got 3 classes for 2 images"),
+        (torch.zeros(2, 3), "dog", TypeError, "target must be a class index, one index per image, or callables, got 'dog'"),
+        (torch.zeros(2, 3), [0.0, 1.0], TypeError, r"target must hold class indices \(integers\), got torch.float32"),
+        (torch.zeros(2, 3, 4), 0, ValueError, r"the model must return logits \(B, K\), got \(2, 3, 4\)"),
+        (torch.zeros(2, 3), [Probability(0)] * 3, ValueError, "one per image, got 3 callables for 2 images"),
+        (torch.zeros(2, 3), lambda output: output, TypeError, r"to a scalar tensor, .* got tensor\(\[0., 0., 0.\]\)"),
+    ],
+)
+def test_compute_scores_raises_for_wrong_targets(outputs, target, error, message):
+    with pytest.raises(error, match=message):
+        compute_scores(outputs, target)

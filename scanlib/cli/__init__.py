@@ -1,4 +1,4 @@
-"""The command line: train a decoder or a SCOUTER, explain pictures, compare explainers.
+"""The command line: train a decoder or a SCOUTER, explain images, compare explainers.
 
 python -m scanlib train --model squeezenet1_1 --layer features.12 --data photos --out decoder.pt
 python -m scanlib train scouter --preset signs-negative --out negative.pt
@@ -10,48 +10,45 @@ python -m scanlib compare photos --decoder decoder.pt --methods GradCAM LayerCAM
 
 import argparse
 import sys
+from collections.abc import Sequence
 
-from scanlib.cli import compare as cli_compare, explain as cli_explain, scouter as cli_scouter, train as cli_train
+import torch
+
+from scanlib.cli import compare, explain, scouter, train
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run a command; a bad argument or file ends it with one line."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command. Errors in its arguments and files exit with a message of one line."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["train"] and arguments[1:2] not in (["decoder"], ["scouter"]):
         arguments.insert(1, "decoder")
-    options = _parser().parse_args(arguments)
+    options = _build_parser().parse_args(arguments)
     try:
-        options.command(options)
+        options.run(options)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
-        sys.exit(f"scanlib {options.name}: {error}")
+        sys.exit(f"scanlib {options.command}: {' '.join(str(error).split())}")
 
 
-def _parser() -> argparse.ArgumentParser:
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to an option's help, unless there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m scanlib", description="SCAN: see what a vision model saw.")
-    commands = parser.add_subparsers(dest="name", required=True)
-
-    kinds = commands.add_parser("train", help="train a decoder (the default), or a SCOUTER").add_subparsers(required=True)
-    scouter = kinds.add_parser("scouter", help="train a SCOUTER, or the base it starts from")
-    scouter.set_defaults(command=cli_scouter.train_command)
-    cli_scouter.add_options(scouter)
-    decoder = kinds.add_parser(
-        "decoder",
-        help="train SCAN's decoder for one layer of a classifier",
-        epilog="`train scouter --help` for SCOUTER",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    decoder.set_defaults(command=cli_train.train_command)
-    cli_train.add_options(decoder)
-
-    explain = commands.add_parser(
-        "explain", help="draw map, overlay and reconstruction", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    explain.set_defaults(command=cli_explain.explain_command)
-    cli_explain.add_options(explain)
-
-    compare = commands.add_parser(
-        "compare", help="measure explainers and both baselines", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    compare.set_defaults(command=cli_compare.compare_command)
-    cli_compare.add_options(compare)
+    commands = parser.add_subparsers(dest="command", required=True)
+    kinds = commands.add_parser("train", help="train a decoder (default) or a SCOUTER").add_subparsers(required=True)
+    for group, name, module, about in (
+        (kinds, "decoder", train, "Train SCAN's decoder for one layer of a classifier. For SCOUTER: train scouter --help"),
+        (kinds, "scouter", scouter, "Train a SCOUTER, or the base classifier it starts from."),
+        (commands, "explain", explain, "Draw maps, overlays and reconstructions."),
+        (commands, "compare", compare, "Measure explainers and two baselines."),
+    ):
+        command = group.add_parser(name, help=about, description=about, formatter_class=_HelpFormatter)
+        command.set_defaults(run=module.run)
+        module.add_options(command)
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     return parser

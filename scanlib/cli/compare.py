@@ -1,87 +1,70 @@
-"""The command line of comparisons: a row an explainer, both baselines with them, on a folder of pictures.
-
-python -m scanlib compare photos --decoder decoder.pt --methods GradCAM LayerCAM ScoreCAM --out table.md
-"""
+"""The command ``compare``: measure explainers and two baselines on a folder of images, one row per explainer."""
 
 import argparse
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from scanlib.cli.shared import METHODS, build_explainer, check_methods, choose_device, load_trained_scan
+from scanlib.cli.shared import METHODS, add_model_options, build_explainer, load_models, validate_methods
 from scanlib.data import PhotoFolder, Signs
+from scanlib.explainers.weighted import explain_log_probability
 from scanlib.metrics import fill_black, fill_blur, fill_imputed, fill_mean
 from scanlib.metrics.compare import METRICS, compare
-from scanlib.models.zoo import load_classifier, parse_weights
-from scanlib.targets import against_others
+from scanlib.metrics.removal import Fill
 
-FILLS = {"mean": fill_mean, "blur": fill_blur, "black": fill_black, "road": fill_imputed}
+FILLS: dict[str, Fill] = {"mean": fill_mean, "blur": fill_blur, "black": fill_black, "road": fill_imputed}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What to compare, by which figures, and on what."""
-    parser.add_argument("data", help="a folder of pictures that no decoder was trained on, or signs")
-    parser.add_argument("--decoder", type=Path, help="what train wrote; its SCAN joins in, and its classifier is taken")
-    parser.add_argument("--model", help="without --decoder: signs_cnn, signs_vit, vit_tiny, or any torchvision classifier")
-    parser.add_argument("--weights", help="a state dict's path, or DEFAULT; left out, those of the decoder's classifier")
-    parser.add_argument("--methods", nargs="+", default=["GradCAM", "LayerCAM"], help=f"out of {', '.join(METHODS)}")
-    parser.add_argument("--metrics", nargs="+", help=f"out of {', '.join(METRICS).replace('%', '%%')}")
-    parser.add_argument("--percentiles", type=float, nargs="+", default=[95.0], help="SCAN's, a row each")
-    parser.add_argument("--evidence", metavar="METHOD", help="this method's map, weighed by SCAN's mean one, joins in")
-    parser.add_argument("--log-probability", action="store_true", help="explain the classes' log-probabilities, not logits")
-    parser.add_argument("--patch", type=int, default=16, help="side in pixels of what is removed at once")
-    parser.add_argument("--fill", choices=FILLS, default="mean", help="what takes its place")
-    parser.add_argument("--steps", type=int, default=10, help="of deletion and insertion")
-    parser.add_argument("--limit", type=int, default=500, help="at most so many pictures")
-    parser.add_argument("--batch-size", type=int, help="pictures a run; left out, what is quick on the device")
+    """Add the options: explainers, metrics and data."""
+    parser.add_argument("data", help="a folder of images that no decoder was trained on, or signs")
+    add_model_options(parser)
+    parser.add_argument("--methods", nargs="+", default=["GradCAM", "LayerCAM"], help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--metrics", nargs="+", help=f"of {', '.join(METRICS).replace('%', '%%')}; default: the usual ones")
+    parser.add_argument("--percentiles", type=float, nargs="+", default=[95.0], help="of SCAN's mask, a row for each")
+    parser.add_argument("--patch", type=int, default=16, help="side in pixels of the patches that are removed")
+    parser.add_argument("--fill", choices=FILLS, default="mean", help="what replaces removed patches")
+    parser.add_argument("--steps", type=int, default=10, help="number of steps of deletion and insertion")
+    parser.add_argument("--limit", type=int, default=500, help="maximum number of images")
+    parser.add_argument("--batch-size", type=int, help="images per batch; default: chosen for the device")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a .md or .csv to write as well")
-    parser.add_argument("--device", help="cpu, cuda, mps; left out, cuda if there is one")
+    parser.add_argument("--out", type=Path, help="also write the table to this .md or .csv file")
 
 
-def compare_command(options) -> None:
-    """One row an explainer, both baselines with them; the explained class is the predicted one."""
-    check_methods("--methods", *options.methods)
-    check_methods("--evidence", options.evidence)
+def run(options: argparse.Namespace) -> None:
+    """Compare the explainers on the predicted classes, print the table, and write it to ``--out``."""
+    validate_methods("--methods", options.methods)
+    validate_methods("--evidence", [options.evidence])
     if options.out and options.out.suffix not in (".md", ".csv"):
-        raise ValueError(f"--out {options.out}: give a .md or a .csv")
+        raise ValueError(f"--out must be a .md or .csv file, got {options.out}")
     if bool(options.decoder) == bool(options.model):
-        raise ValueError("--decoder or --model: one of them, and not both, says which classifier to explain")
+        raise ValueError("--decoder or --model: exactly one must be given, to choose the classifier")
     if options.evidence and not options.decoder:
-        raise ValueError("--evidence weighs SCAN's map; give a --decoder")
+        raise ValueError("--evidence needs a --decoder: it is weighted by SCAN's confidence")
     if options.limit < 1:
-        raise ValueError(f"--limit {options.limit}: give 1 or more")
-    explainers, masks = {}, None
-    if options.decoder:
-        target, scanner = load_trained_scan(options)
-        size = scanner.image_size
-        explainers |= {f"SCAN, P = {p:g}": partial(scanner.explain, percentile=p) for p in options.percentiles}
+        raise ValueError(f"--limit must be at least 1, got {options.limit}")
+    classifier, scanner = load_models(options)
+    classifier.model.to(options.device)
+    explainers: dict[str, Callable[..., Tensor]] = {}
+    if scanner is not None:
+        explainers |= {f"SCAN, P = {p:g}": scanner.as_explainer(p) for p in options.percentiles}
         if options.evidence:
-            evidence = build_explainer(options.evidence, target.model, target.preprocess)
-            weighed = partial(scanner.explain, percentile=options.percentiles, evidence=evidence)
-            explainers[f"SCAN x {options.evidence}, P = {'-'.join(f'{p:g}' for p in options.percentiles)}"] = weighed
-    else:
-        target = load_classifier(options.model, parse_weights(options.weights or "DEFAULT"))
-        size = target.image_size
-    device = choose_device(options)
-    target.model.to(device)
-    explainers |= {name: build_explainer(name, target.model, target.preprocess) for name in options.methods}
+            name = f"SCAN x {options.evidence}, P = {'-'.join(f'{p:g}' for p in options.percentiles)}"
+            explainers[name] = scanner.as_explainer(options.percentiles, build_explainer(options.evidence, classifier))
+    explainers |= {name: build_explainer(name, classifier) for name in options.methods}
     if options.log_probability:
-        explainers = {f"{name}, log p": against_others(explain) for name, explain in explainers.items()}
-    if options.data == "signs":
-        scenes = Signs(options.limit, size[0], seed=1, masks=True)
-        images, masks = (torch.stack(column) for column in list(zip(*scenes, strict=True))[::2])
-    else:
-        photographs = PhotoFolder(options.data, size[0])
-        images = torch.stack([photographs[i][0] for i in range(min(options.limit, len(photographs)))])
-    found = compare(
-        target.model,
-        images.to(device),
+        explainers = {f"{name}, log p": explain_log_probability(explainer) for name, explainer in explainers.items()}
+    size = classifier.image_size if scanner is None else scanner.image_size
+    images, masks = _load_images(options.data, size[0], options.limit)
+    table = compare(
+        classifier.model,
+        images.to(options.device),
         explainers,
         options.metrics,
         masks=masks,
-        preprocess=target.preprocess,
+        preprocess=classifier.preprocess,
         patch=options.patch,
         fill=FILLS[options.fill],
         steps=options.steps,
@@ -90,5 +73,15 @@ def compare_command(options) -> None:
     )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        (found.to_csv if options.out.suffix == ".csv" else found.to_markdown)(options.out)
-    print(found)
+        (table.to_csv if options.out.suffix == ".csv" else table.to_markdown)(options.out)
+    print(table)
+
+
+def _load_images(data: str, size: int, limit: int) -> tuple[Tensor, Tensor | None]:
+    """Load images (N, 3, size, size), and the masks of Signs."""
+    if data == "signs":
+        signs = Signs(limit, size, seed=1)
+        scenes = [signs.scene(i) for i in range(limit)]
+        return torch.stack([scene.image for scene in scenes]), torch.stack([scene.masks[0] for scene in scenes])
+    photos = PhotoFolder(data, size)
+    return torch.stack([photos[i][0] for i in range(min(limit, len(photos)))]), None

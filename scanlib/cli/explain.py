@@ -1,71 +1,57 @@
-"""The command line of explanations: a row a picture, by SCAN, by a SCOUTER's slots, or by any method of a classifier.
-
-python -m scanlib explain cat.jpg dog.jpg --decoder decoder.pt --percentile 95 --out map.png
-python -m scanlib explain sign.png --scouter negative.pt
-python -m scanlib explain cat.jpg --model resnet50 --method GradCAM
-"""
+"""The command ``explain``: a row of panels per image, by SCAN, by the slots of a SCOUTER, or by another method."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from scanlib.cli.shared import METHODS, build_explainer, check_methods, choose_device, load_trained_scan, parse_class
+from scanlib.cli.shared import METHODS, add_model_options, build_explainer, load_models, parse_class, validate_methods
 from scanlib.data import read_image
 from scanlib.explainers.base import prepare_inputs
 from scanlib.layers import eval_mode, get_logits
-from scanlib.models.zoo import load_classifier, parse_weights
+from scanlib.models.zoo import Classifier
 from scanlib.plots import overlay, plot_panels
-from scanlib.scouter.model import Scouter
-from scanlib.scouter.recipes import load_trained
-from scanlib.targets import log_probability
+from scanlib.scouter.model import BaseClassifier, Scouter
+from scanlib.scouter.recipes import load_model
+from scanlib.targets import LogProbability
+
+Panels = tuple[list[list], list[str], list[str]]  # rows of panels, column titles, row titles
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What to explain, by what, and where the figure goes."""
+    """Add the options: what to explain, how, and where the figure is saved."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
-    parser.add_argument("--decoder", type=Path, help="what train wrote")
-    parser.add_argument("--scouter", type=Path, help="what train scouter wrote, of either sign; a base with --method")
-    parser.add_argument("--model", help="with --method: signs_cnn, signs_vit, vit_tiny, or any torchvision classifier")
-    parser.add_argument("--weights", help="the classifier's weights, if they moved since training")
+    add_model_options(parser)
+    parser.add_argument("--scouter", type=Path, help="file of a SCOUTER, saved by train scouter; with --method also of a base")
     parser.add_argument("--method", help=f"explain the classifier by another method: {', '.join(METHODS)}")
-    parser.add_argument("--layer", help="of the method, or of the evidence; left out, the last with a spatial extent")
-    parser.add_argument("--class", dest="target", help="class to explain, by number or name; left out, the predicted one")
-    parser.add_argument("--log-probability", action="store_true", help="explain the class's log-probability, not its logit")
-    parser.add_argument("--percentile", type=parse_percentiles, default="95", help="SCAN's; of several, as 80,90,95, the mean")
-    parser.add_argument("--evidence", metavar="METHOD", help="this method's map, weighed by SCAN's confidence")
-    parser.add_argument("--out", type=Path, default=Path("map.png"))
-    parser.add_argument("--device", help="cpu, cuda, mps; left out, cuda if there is one")
+    parser.add_argument("--layer", help="layer of --method or --evidence; default: the last with a spatial extent")
+    parser.add_argument("--class", dest="target", help="index or name of the class to explain; default: the predicted class")
+    parser.add_argument("--percentile", type=parse_percentiles, default="95", help="of SCAN's mask; 80,90,95: their mean map")
+    parser.add_argument("--out", type=Path, default=Path("map.png"), help="file of the figure")
 
 
 def parse_percentiles(text: str) -> list[float]:
-    """80,90,95 -> its numbers."""
+    """Convert "80,90,95" to numbers."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number; give one in 0..100, or several, as 80,90,95") from None
+        raise argparse.ArgumentTypeError(f"must be numbers in [0, 100], as 95 or 80,90,95, got {text!r}") from None
 
 
-def explain_command(options) -> None:
-    """One row a picture, with what the explainer says of it."""
+def run(options: argparse.Namespace) -> None:
+    """Explain the images, save the figure, and print what each row shows."""
     if sum(map(bool, (options.decoder, options.scouter, options.model))) != 1:
-        raise ValueError("--decoder, --scouter or --model: one of them says what to explain")
-    check_methods("--method", options.method)
-    check_methods("--evidence", options.evidence)
+        raise ValueError("--decoder, --scouter or --model: exactly one must be given, to choose what to explain")
+    validate_methods("--method", [options.method])
+    validate_methods("--evidence", [options.evidence])
+    if options.model and not options.method:
+        raise ValueError("--model needs a --method; to explain by SCAN give a --decoder instead")
     if options.evidence and (options.method or not options.decoder):
-        raise ValueError("--evidence weighs SCAN's map; give a --decoder, and no --method")
+        raise ValueError("--evidence needs a --decoder and no --method: it is weighted by SCAN's confidence")
     if options.log_probability and options.scouter and not options.method:
-        raise ValueError("--log-probability is not for slots, which explain logits; leave it out, or give a --method")
-    if options.decoder and not options.method:
-        rows, titles, names = _by_scan(options)
-    elif options.scouter and not options.method:
-        rows, titles, names = _by_scouter(options)
-    elif options.method:
-        rows, titles, names = _by_method(options)
-    else:
-        raise ValueError("--model: give a --method too, or a --decoder")
+        raise ValueError("--log-probability needs a --decoder or a --method: slots explain logits")
+    explain = _explain_by_slots if options.scouter and not options.method else _explain_classifier
+    rows, titles, names = explain(options)
     figure = plot_panels(rows, titles, names, size=2.2)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=120)
@@ -74,99 +60,62 @@ def explain_command(options) -> None:
     print(f"{options.out}: {len(rows)} explained")
 
 
-def _read(options, size: int) -> torch.Tensor:
-    return torch.stack([read_image(path, size) for path in options.images])
-
-
-@torch.no_grad()
-def _probabilities(model, preprocess, images) -> Tensor:
-    with eval_mode(model):
-        return get_logits(model(prepare_inputs(model, preprocess, images))).softmax(1).cpu()
-
-
-def _named(model, preprocess, images, target_class: int | None, classes: list[str]) -> list[str]:
-    """Of each picture the class that is explained, and its probability."""
-    probabilities = _probabilities(model, preprocess, images)
-    shown = probabilities.argmax(1) if target_class is None else torch.full((len(images),), target_class)
-    return [f"{classes[c]} {probabilities[i, c]:.2f}" for i, c in enumerate(shown.tolist())]
-
-
-def _asked(options, model, preprocess, images, target_class: int | None):
-    """The target: a class, None for the predicted ones, or with ``--log-probability`` their scores."""
-    if not options.log_probability:
-        return target_class
-    if target_class is not None:
-        return log_probability(target_class)
-    return [log_probability(c) for c in _probabilities(model, preprocess, images).argmax(1).tolist()]
-
-
-def _by_scan(options):
-    target, scanner = load_trained_scan(options)
-    images, target_class = _read(options, scanner.image_size[0]), parse_class(options.target, target.classes)
-    asked = _asked(options, target.model, target.preprocess, images, target_class)
-    confidence, reconstruction = scanner(images, asked, options.percentile)
-    if options.evidence:
-        evidence = build_explainer(options.evidence, target.model, target.preprocess, options.layer)
-        confidence = scanner.explain(images, asked, options.percentile, evidence=evidence)
-    rows = [
-        [image, heat, overlay(image, heat), rebuilt]
-        for image, heat, rebuilt in zip(images, confidence, reconstruction, strict=True)
-    ]
-    names = _named(target.model, target.preprocess, images, target_class, target.classes)
-    title = f"confidence, P = {' '.join(f'{p:g}' for p in options.percentile)}"
-    if options.evidence:
-        title += f",\nby {options.evidence}, stretched"
+def _explain_classifier(options: argparse.Namespace) -> Panels:
+    """Explain by ``--method``, or by the SCAN of ``--decoder``, whose reconstructions are another column."""
+    if options.scouter:
+        model, recipe = load_model(options.scouter)
+        network = model.model if isinstance(model, BaseClassifier) else model
+        classifier = Classifier(network, model.preprocess, recipe.layer or "", model.classes, (recipe.image_size,) * 2)
+        scanner = None
+    else:
+        classifier, scanner = load_models(options)
+        scanner = None if options.method else scanner
+    classifier.model.to(options.device)
+    size = classifier.image_size if scanner is None else scanner.image_size
+    images = torch.stack([read_image(path, size[0]) for path in options.images])
+    target = parse_class(options.target, classifier.classes)
+    with torch.no_grad(), eval_mode(classifier.model):
+        inputs = prepare_inputs(classifier.model, classifier.preprocess, images)
+        probabilities = get_logits(classifier.model(inputs)).softmax(1).cpu()
+    classes = probabilities.argmax(1).tolist() if target is None else [target] * len(images)
+    targets = [LogProbability(c) for c in classes] if options.log_probability else classes
+    reconstruction = {}
+    if scanner is None:
+        title, maps = options.method, build_explainer(options.method, classifier, options.layer)(images, targets)
+    else:
+        title = f"confidence, P = {' '.join(f'{p:g}' for p in options.percentile)}"
+        maps, reconstruction["reconstruction"] = scanner(images, targets, options.percentile)
+        if options.evidence:
+            title += f",\nby {options.evidence}, normalized"
+            evidence = build_explainer(options.evidence, classifier, options.layer)
+            maps = scanner.as_explainer(options.percentile, evidence)(images, targets)
     if options.log_probability:
         title += ",\nof log p"
-    return rows, ["picture", title, "overlay", "reconstruction"], names
+    maps = maps.cpu()
+    overlays = [overlay(image, heat) for image, heat in zip(images, maps, strict=True)]
+    columns = {"image": images, title: maps, "overlay": overlays} | reconstruction
+    names = [f"{classifier.classes[c]} {p[c]:.2f}" for p, c in zip(probabilities, classes, strict=True)]
+    return [list(row) for row in zip(*columns.values(), strict=True)], list(columns), names
 
 
-def _by_scouter(options):
-    model, recipe = load_trained(options.scouter)
-    if not isinstance(model, Scouter):
-        raise ValueError(f"--scouter {options.scouter} is a base without slots; give a --method, as GradCAM")
-    images = _read(options, recipe.image_size)
-    return _by_slots(model.to(choose_device(options)), images, parse_class(options.target, model.classes), model.classes)
-
-
-def _by_slots(scouter: Scouter, images: Tensor, target: int | None, names: Sequence[str]):
-    """Rows of a figure, its column and its row titles: each picture's predicted class and the one with the lowest logit, or the
-    target."""
+def _explain_by_slots(options: argparse.Namespace) -> Panels:
+    """Explain by the slots of ``--class``, or of the classes with the highest and the lowest logit."""
+    scouter, recipe = load_model(options.scouter)
+    if not isinstance(scouter, Scouter):
+        raise ValueError(f"--scouter must have slots, got the base {options.scouter}; give a --method, as GradCAM")
+    scouter.to(options.device)
+    images = torch.stack([read_image(path, recipe.image_size) for path in options.images])
+    target = parse_class(options.target, scouter.classes)
     with torch.no_grad():
         slots = scouter.attend(prepare_inputs(scouter, scouter.preprocess, images))
-    logits, areas, maps = slots.logits.cpu(), slots.attention.mean((2, 3, 4)).cpu(), scouter.heat_maps(images)
+    logits, areas, maps = slots.logits.cpu(), slots.attention.mean((2, 3, 4)).cpu(), scouter.compute_all_maps(images)
     side = "for" if scouter.sign > 0 else "against"
     if target is None:
-        shown, titles = [logits.argmax(1), logits.argmin(1)], [f"{side} the highest logit", f"{side} the lowest"]
+        classes, titles = [logits.argmax(1).tolist(), logits.argmin(1).tolist()], ["the highest logit", "the lowest logit"]
     else:
-        shown, titles = [torch.full((len(images),), target)], [f"{side} {names[target]}"]
-    rows, said = [], []
-    for i, image in enumerate(images):
-        classes = [int(chosen[i]) for chosen in shown]
-        rows.append([image, *(panel for c in classes for panel in (maps[i, c], overlay(image, maps[i, c])))])
-        said.append("\n".join(f"{names[c]} {logits[i, c]:.1f}, area {areas[i, c]:.3f}" for c in classes))
-    return rows, ["picture", *(text for title in titles for text in (title, "overlay"))], said
-
-
-def _by_method(options):
-    if options.scouter:
-        saved, recipe = load_trained(options.scouter)
-        model, preprocess, classes, size = _base_of(saved), saved.preprocess, saved.classes, recipe.image_size
-    else:
-        target = (
-            load_trained_scan(options)[0]
-            if options.decoder
-            else load_classifier(options.model, parse_weights(options.weights or "DEFAULT"))
-        )
-        model, preprocess, classes, size = target.model, target.preprocess, target.classes, target.image_size[0]
-    images, target_class = _read(options, size), parse_class(options.target, classes)
-    explainer = build_explainer(options.method, model.to(choose_device(options)), preprocess, options.layer)
-    maps = explainer(images, _asked(options, model, preprocess, images, target_class)).cpu()
-    rows = [[image, heat, overlay(image, heat)] for image, heat in zip(images, maps, strict=True)]
-    title = f"{options.method}, of log p" if options.log_probability else options.method
-    return rows, ["picture", title, "overlay"], _named(model, preprocess, images, target_class, classes)
-
-
-def _base_of(model: nn.Module) -> nn.Module:
-    """The plain classifier in what ``load_trained`` gave; a Scouter is its own."""
-    return model if isinstance(model, Scouter) else model.model
+        classes, titles = [[target] * len(images)], [scouter.classes[target]]
+    rows, names = [], []
+    for i, (image, shown) in enumerate(zip(images, zip(*classes, strict=True), strict=True)):
+        rows.append([image, *(panel for c in shown for panel in (maps[i, c], overlay(image, maps[i, c])))])
+        names.append("\n".join(f"{scouter.classes[c]} {logits[i, c]:.1f}, area {areas[i, c]:.3f}" for c in shown))
+    return rows, ["image", *(text for title in titles for text in (f"{side} {title}", "overlay"))], names

@@ -1,4 +1,4 @@
-"""The command line of SCOUTER's training: every field of a ``Recipe`` is an option, presets have names, commas make a sweep.
+"""The command ``train scouter``. Every field of a ``Recipe`` is an option; several values, separated by commas, are a sweep.
 
 python -m scanlib train scouter --preset mnist-base --out base.pt
 python -m scanlib train scouter --preset mnist-positive --start base.pt --out positive.pt
@@ -9,87 +9,81 @@ torchrun --nproc-per-node 4 -m scanlib train scouter --preset cub200-base --out 
 import argparse
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from scanlib.models.zoo import parse_weights
 from scanlib.scouter.recipes import FROM_BASE, PRESETS, Recipe, expand_sweep, read_finished_metrics, train_recipe
 from scanlib.training.distributed import is_main_process, process_group
 
-SWEPT = ("lam", "power", "slots", "classes")
-FIGURES = ("loss", "Accuracy", "Area", "OwnArea", "LogitRange")
-
-
-def _several(kind):
-    return lambda text: [kind(part) for part in text.split(",")]
+SWEEP_TYPES: dict[str, type] = {"lam": float, "power": float, "slots": int, "classes": int}
+METRICS = ("loss", "Accuracy", "Area", "OwnArea", "LogitRange")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """One option a field; what is not given comes from the preset, or from the recipe's defaults."""
-    parser.add_argument("--preset", choices=PRESETS, help="a run of the paper's code, or one of those that ship")
-    parser.add_argument("--out", required=True, type=Path, help="where the model goes; a killed run goes on from OUT.run")
+    """Add an option for each field of ``Recipe``; its default is the preset's value, or else the field's."""
+    parser.add_argument("--preset", choices=PRESETS, help="a run of the paper's code, or of a model that ships")
+    parser.add_argument("--out", required=True, type=Path, help="file of the model; a killed run continues from OUT.run")
     for entry in fields(Recipe):
-        name, kind, about = f"--{entry.name.replace('_', '-')}", type(entry.default), entry.metadata["help"]
-        text = f"{about} (default: {entry.default})"
-        if kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=text)
-        elif entry.name in SWEPT:
-            parser.add_argument(
-                name,
-                type=_several(int if entry.name in ("slots", "classes") else float),
-                metavar=f"{entry.name.upper()}[,...]",
-                help=f"{text}; several: a sweep",
-            )
+        default = "" if entry.default is None else f" (default: {entry.default})"
+        settings: dict[str, Any] = {"help": f"{entry.metadata['help']}{default}"}
+        if isinstance(entry.default, bool):
+            settings["action"] = argparse.BooleanOptionalAction
+        elif kind := SWEEP_TYPES.get(entry.name):
+            settings["type"] = lambda text, kind=kind: [kind(part) for part in text.split(",")]
+            settings["metavar"] = f"{entry.name.upper()}[,...]"
+            settings["help"] += "; several values: a sweep"
         else:
-            parser.add_argument(name, type=str if entry.default is None else kind, help=text)
-    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
-    parser.add_argument("--device", help="cpu, cuda, mps; left out, cuda if there is one")
+            settings["type"] = str if entry.default is None else type(entry.default)
+        parser.add_argument(f"--{entry.name.replace('_', '-')}", **settings)
+    parser.add_argument("--workers", type=int, default=0, help="number of processes that read images")
 
 
 def parse_recipes(options: argparse.Namespace) -> list[Recipe]:
-    """What the options ask for, one recipe a run."""
+    """Return one recipe per run. Raises ValueError for a preset that needs ``--start`` and has none."""
     given = {entry.name: getattr(options, entry.name) for entry in fields(Recipe) if getattr(options, entry.name) is not None}
-    swept = {name: given.pop(name) for name in SWEPT if name in given}
+    sweep = {name: given.pop(name) for name in SWEEP_TYPES if name in given}
     if "weights" in given:
         given["weights"] = parse_weights(given["weights"])
-    start = replace(PRESETS[options.preset] if options.preset else Recipe(), **given)
-    if options.preset in FROM_BASE and not start.start:
+    recipe = replace(PRESETS[options.preset] if options.preset else Recipe(), **given)
+    if options.preset in FROM_BASE and not recipe.start:
         base = f"{options.preset.split('-')[0]}-base"
-        raise ValueError(f"--preset {options.preset} starts from a base: train --preset {base} first, then give it as --start")
-    return expand_sweep(start, **swept)
+        raise ValueError(f"--preset {options.preset} needs a base: train --preset {base} first, then pass it as --start")
+    return expand_sweep(recipe, **sweep)
 
 
-def train_command(options: argparse.Namespace) -> None:
-    """Train each recipe that is not done already; of a sweep, write a table of what came of it beside the models, run by run."""
+def run(options: argparse.Namespace) -> None:
+    """Train each recipe that is not finished. After each run of a sweep, write the table of metrics next to the models."""
     if options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a folder; give the file to write, as {options.out / 'scouter.pt'}")
-    runs = parse_recipes(options)
-    several = [name for name in SWEPT if len({getattr(run, name) for run in runs}) > 1]
-    table = [[*several, *FIGURES], ["---"] * (len(several) + len(FIGURES))]
+        raise ValueError(f"--out must be a file, got the folder {options.out}; give {options.out / 'scouter.pt'}")
+    recipes = parse_recipes(options)
+    swept = [name for name in SWEEP_TYPES if len({getattr(recipe, name) for recipe in recipes}) > 1]
+    table = [[*swept, *METRICS], ["---"] * (len(swept) + len(METRICS))]
     with process_group():
-        for run in runs:
-            tag = "".join(f"-{name}{getattr(run, name):g}" for name in several)
+        for recipe in recipes:
+            tag = "".join(f"-{name}{getattr(recipe, name):g}" for name in swept)
             out = options.out.with_name(f"{options.out.stem}{tag}{options.out.suffix}")
-            figures = _trained(run, out, options, go_on=bool(several))
-            row = [f"{figures[f'val_{name}']:.4f}" if f"val_{name}" in figures else "-" for name in FIGURES]
-            table.append([f"{getattr(run, name):g}" for name in several] + row)
-            if several and is_main_process():
+            metrics = _train(recipe, out, options, is_sweep=bool(swept))
+            values = [f"{metrics[f'val_{name}']:.4f}" if f"val_{name}" in metrics else "-" for name in METRICS]
+            table.append([*(f"{getattr(recipe, name):g}" for name in swept), *values])
+            if swept and is_main_process():
                 text = "\n".join(f"| {' | '.join(row)} |" for row in table)
-                options.out.with_suffix(".md").write_text(f"{text}\n\nTest pictures, seed {run.seed}.\n", "utf-8")
-        if several and is_main_process():
+                options.out.with_suffix(".md").write_text(f"{text}\n\nTest images, seed {recipe.seed}.\n", "utf-8")
+        if swept and is_main_process():
             print(text)
 
 
-def _trained(run: Recipe, out: Path, options: argparse.Namespace, go_on: bool) -> dict[str, float]:
-    """A run's last figures; those of one that died are none, where others follow."""
-    found = read_finished_metrics(run, out)
-    if found is None:
+def _train(recipe: Recipe, out: Path, options: argparse.Namespace, is_sweep: bool) -> dict[str, float]:
+    """Return the last metrics of a run, trained or finished before; none if it fails in a sweep, which continues."""
+    metrics = read_finished_metrics(recipe, out)
+    if metrics is None:
         try:
-            _, history = train_recipe(run, out, options.device, options.workers)
+            _, history = train_recipe(recipe, out, options.device, options.workers)
         except FloatingPointError as error:
-            if not go_on:
+            if not is_sweep:
                 raise
             print(f"{out}: {error}")
             return {}
-        found = {name: values[-1] for name, values in history.items()}
+        metrics = {name: values[-1] for name, values in history.items()}
     if is_main_process():
-        print(f"{out}: {run.head} of {run.backbone} on {run.data}, accuracy {found['val_Accuracy']:.3f} on the test pictures")
-    return found
+        print(f"{out}: {recipe.head} of {recipe.backbone} on {recipe.data}, test accuracy {metrics['val_Accuracy']:.3f}")
+    return metrics

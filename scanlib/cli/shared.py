@@ -1,67 +1,74 @@
-"""What the commands share: explainers by name, and what ``--decoder``, ``--class`` and ``--device`` stand for."""
+"""What the commands share: the options that choose a classifier, explainers by name, and the values of ``--class``."""
 
+import argparse
 import difflib
-from collections.abc import Callable
-
-import torch
-from torch import Tensor, nn
+from collections.abc import Sequence
+from pathlib import Path
 
 from scanlib import explainers
-from scanlib.explainers.base import Explainer
-from scanlib.models.zoo import Classifier, load_classifier
+from scanlib.explainers import DeepFeatureFactorization, Explainer
+from scanlib.explainers.weighted import SCANExplainer
+from scanlib.models.zoo import Classifier, load_classifier, parse_weights
 from scanlib.scan import SCAN
 from scanlib.training.checkpoint import load_checkpoint
 
-METHODS = {  # every explainer that returns one map per image
+METHODS = {  # explainers of a model that return one map per image
     name: kind
     for name, kind in vars(explainers).items()
-    if isinstance(kind, type) and issubclass(kind, Explainer) and kind not in (Explainer, explainers.DeepFeatureFactorization)
+    if isinstance(kind, type) and issubclass(kind, Explainer) and kind not in (Explainer, DeepFeatureFactorization, SCANExplainer)
 }
 
 
-def check_methods(option: str, *names: str | None) -> None:
-    """Refuse names that no method has; None stands for an option that was left out."""
-    unknown = [name for name in names if name is not None and name not in METHODS]
-    if unknown:
-        raise ValueError(f"{option} {' '.join(unknown)}: not known; there are {', '.join(METHODS)}")
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``explain`` and ``compare`` that choose a classifier, its SCAN, and what is explained."""
+    parser.add_argument("--decoder", type=Path, help="file of a decoder, saved by train: chooses the classifier and adds SCAN")
+    parser.add_argument("--model", help="without --decoder: signs_cnn, signs_vit, vit_tiny, or any torchvision classifier")
+    parser.add_argument("--weights", help="path of a state dict, or DEFAULT; default: as in training, or DEFAULT")
+    parser.add_argument("--evidence", metavar="METHOD", help="with --decoder: the map of METHOD, weighted by SCAN's confidence")
+    parser.add_argument("--log-probability", action="store_true", help="explain the class's log-probability instead of its logit")
 
 
-def build_explainer(name: str, model: nn.Module, preprocess: Callable[[Tensor], Tensor], layer: str | None = None) -> Explainer:
-    """A method's explainer of a model; without a layer it finds its own."""
-    return METHODS[name](model, layer or None, preprocess)
+def validate_methods(option: str, names: Sequence[str | None]) -> None:
+    """Raise ValueError for unknown names. None, an option without a value, is allowed."""
+    if unknown := [name for name in names if name is not None and name not in METHODS]:
+        raise ValueError(f"{option} must be among {', '.join(METHODS)}, got {' '.join(unknown)}")
 
 
-def load_trained_scan(options) -> tuple[Classifier, SCAN]:
-    """The classifier and the SCAN that ``--decoder`` belongs to."""
+def build_explainer(name: str, classifier: Classifier, layer: str | None = None) -> Explainer:
+    """Build the explainer with this name; None lets the method choose the layer."""
+    return METHODS[name](classifier.model, layer, classifier.preprocess)
+
+
+def load_models(options: argparse.Namespace) -> tuple[Classifier, SCAN | None]:
+    """Load the classifier of ``--decoder`` with its SCAN, or that of ``--model``.
+
+    Raises ValueError if the decoder's file does not name its layer or its classifier.
+    """
+    if not options.decoder:
+        return load_classifier(options.model, parse_weights(options.weights or "DEFAULT")), None
     saved = load_checkpoint(options.decoder, ("identity", "notes"))
     notes, identity = saved["notes"], saved["identity"]
     if not (isinstance(identity, dict) and {"layer", "image_size", "mask_by"} <= set(identity)):
-        raise ValueError(f"{options.decoder} does not say which layer it belongs to; train a new decoder")
+        raise ValueError(f"--decoder must name its layer, and {options.decoder} does not; train a new decoder")
     if not isinstance(notes, dict) or not isinstance(notes.get("model"), str):
-        raise ValueError(
-            f"{options.decoder} does not say which classifier it belongs to; explain in Python, with SCAN(...).load_decoder(path)"
-        )
-    target = load_classifier(notes["model"], options.weights or notes.get("weights", "DEFAULT"))
+        way = "explain in Python with SCAN(...).load_decoder(path)"
+        raise ValueError(f"--decoder must name its classifier, and {options.decoder} does not; {way}")
+    classifier = load_classifier(notes["model"], options.weights or notes.get("weights", "DEFAULT"))
     size, mask_by = tuple(identity["image_size"]), identity["mask_by"]
-    scanner = SCAN(target.model, identity["layer"], size, device=options.device, mask_by=mask_by)
-    return target, scanner.set_preprocess(target.preprocess).load_decoder(options.decoder)
+    scanner = SCAN(classifier.model, identity["layer"], size, device=options.device, mask_by=mask_by)
+    return classifier, scanner.set_preprocess(classifier.preprocess).load_decoder(options.decoder)
 
 
-def parse_class(given: str | None, classes: list[str]) -> int | None:
-    """What ``--class`` stands for; None, the predicted class, stays None."""
-    if given is None:
+def parse_class(text: str | None, classes: Sequence[str]) -> int | None:
+    """Return the index of a class given by index or name; None, the predicted class, stays None."""
+    if text is None:
         return None
-    if given.lstrip("-").isdigit():
-        number = int(given)
-        if not 0 <= number < len(classes):
-            raise ValueError(f"class {number} is out of range: the model has classes 0..{len(classes) - 1}")
-        return number
-    if given not in classes:
-        close = ", ".join(difflib.get_close_matches(given, classes, n=5)) or f"{classes[0]}, {classes[1]}, ..."
-        raise ValueError(f"class {given!r} is not known; close matches: {close}")
-    return classes.index(given)
-
-
-def choose_device(options) -> torch.device:
-    """What ``--device`` stands for."""
-    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if text.lstrip("-").isdigit():
+        index = int(text)
+        if not 0 <= index < len(classes):
+            raise ValueError(f"--class must be in 0..{len(classes) - 1} for this model, got {index}")
+        return index
+    if text not in classes:
+        close = ", ".join(difflib.get_close_matches(text, classes, n=5)) or f"{classes[0]}, {classes[1]}, ..."
+        raise ValueError(f"--class {text!r} not found; close matches: {close}")
+    return list(classes).index(text)

@@ -1,4 +1,4 @@
-"""Data sets: where do images come from?"""
+"""Data sets: Signs, folders of images, and the data sets of the SCOUTER paper."""
 
 from scanlib.data.photos import PhotoFolder as PhotoFolder, read_image as read_image
 from scanlib.data.published import CUB200 as CUB200, MNIST as MNIST, ConText as ConText, ImageNetSubset as ImageNetSubset

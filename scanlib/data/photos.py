@@ -1,7 +1,7 @@
-"""PhotoFolder, a user's own pictures; broken files are named, never fatal.
+"""PhotoFolder, the images in a folder of yours. Files that cannot be read are skipped and named in a warning.
 
 photos = PhotoFolder("holiday", size=224)
-image, label = photos[0]            # float32 (3, 224, 224) in [0, 255], int (-1: not known)
+image, label = photos[0]            # float32 (3, 224, 224) in [0, 255], int (-1: unknown)
 """
 
 import os
@@ -9,118 +9,115 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
-def read_image(path: str | os.PathLike, size: int | None = None) -> Tensor:
-    """Read one picture, float32 (3, H, W) in [0, 255]; with ``size``, short side resized to it and the centre cropped.
+def read_image(file: str | os.PathLike | BinaryIO, size: int | None = None) -> Tensor:
+    """Read one image as float32 (3, H, W) in [0, 255].
 
-    Rotated as its EXIF tag says; grey, palette and alpha become RGB. Raises OSError when it can not be read.
+    With ``size``, resize the short side to ``size`` pixels and crop the centre. The image is rotated as its EXIF tag says; grey,
+    palette and transparent images become RGB. Raises OSError if the file cannot be read.
     """
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.has_transparency_data:
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-        if picture.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: scale, since converting would clip
-            deep = np.asarray(picture, dtype=np.float32)
-            picture = Image.fromarray((deep / (257 if deep.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
-        picture = picture.convert("RGB")
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        if image.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel: scale, because convert() would clip
+            values = np.asarray(image, dtype=np.float32)
+            image = Image.fromarray((values / (257 if values.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
+        image = image.convert("RGB")
         if size is not None:
-            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1).contiguous()
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1).contiguous()
 
 
-def _plain(name: str) -> str:
+def _simplify_name(name: str) -> str:  # "Great_White_Shark" -> "great white shark"
     return name.lower().replace("_", " ").replace("-", " ")
 
 
-def _pictures_below(root: Path) -> list[Path]:
-    """Picture files in a folder and its folders, sorted; hidden ones left out, links followed, each folder once."""
-    files, seen = [], set()
-    for folder, inner, names in os.walk(root, followlinks=True):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        if os.path.realpath(folder) in seen:
-            inner.clear()
+def list_image_files(root: Path) -> list[Path]:
+    """Return the image files below a folder, sorted; skip hidden ones, follow links, and visit each folder once."""
+    files, visited = list[Path](), set[str]()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()
             continue
-        seen.add(os.path.realpath(folder))
-        pictures = (name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
-        files += [Path(folder) / name for name in pictures]
+        visited.add(os.path.realpath(folder))
+        files += [Path(folder) / name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
     return sorted(files)
 
 
-class PhotoFolder(Dataset):
-    """Your own pictures, in class folders (``root/cat/1.jpg``) or all in one folder. Item: (image, label).
+def _is_readable(path: Path) -> bool:
+    try:
+        read_image(path, 8)  # only decoding finds truncated files
+    except Exception:  # Pillow's plugins raise many kinds
+        return False
+    return True
 
-    Image float32 (3, size, size) in [0, 255], short side resized and the centre cropped; label int, -1 when not known, which SCAN
-    reads as "the predicted class". Every file is decoded once on construction; files that can not be read are left out, counted
-    and named in a warning, and listed in ``skipped``.
 
-    Args:
-        root: the folder. size: pixels a side.
-        classes: the model's class names. Given, a folder's label is its name's index there (-1 if it is no such name);
-            left out, folders are numbered in sorted order.
+class ImageFiles(Dataset):
+    """Image files with labels. Item: (image, label).
 
-    Raises FileNotFoundError when root is no folder, ValueError when nothing in it can be read.
+    The image is float32 (3, size, size) in [0, 255], its short side resized and its centre cropped; the label is an int.
     """
 
-    def __init__(self, root: str | os.PathLike, size: int = 224, classes: Sequence[str] | None = None):
-        root = Path(root)
-        if not root.is_dir():
-            raise FileNotFoundError(f"no folder at {root}; give one that holds pictures, or one folder of pictures per class")
-        files = _pictures_below(root)
-        folders = sorted({path.relative_to(root).parts[0] for path in files if path.parent != root})
-        self.classes = list(classes) if classes is not None else folders
-        index = {name: number for number, name in reversed(list(enumerate(self.classes)))}
-        if classes is not None:  # "Great_White_Shark" is "great white shark"
-            index |= {_plain(name): number for name, number in index.items() if _plain(name) not in index}
-            strange = [name for name in folders if name not in index and _plain(name) not in index]
-            if strange:
-                warnings.warn(
-                    f"{len(strange)} folders in {root} name no class of the model, so their labels are not known: {strange[:3]}",
-                    stacklevel=2,
-                )
-
-        def label(path):
-            folder = path.relative_to(root).parts[0]
-            return index.get(folder, index.get(_plain(folder), -1)) if path.parent != root else -1
-
-        self.size = size
-        faults = self._check(files)
-        self.skipped = [path for path, fault in zip(files, faults, strict=True) if fault]
-        self.files = [path for path, fault in zip(files, faults, strict=True) if not fault]
-        self.labels = [label(path) for path in self.files]
-        if self.skipped:
-            names = ", ".join(path.name for path in self.skipped[:5]) + (", ..." if len(self.skipped) > 5 else "")
-            warnings.warn(
-                f"{len(self.skipped)} of {len(files)} pictures in {root} can not be read and are left out: {names}", stacklevel=2
-            )
-        if not self.files:
-            raise ValueError(f"no readable picture in {root}; looked for {', '.join(EXTENSIONS)}, in it and in its folders")
-
-    def _check(self, files: list[Path]) -> list[str]:
-        """What is wrong with each file, or ""; decoding is the only test that finds truncated ones."""
-        from tqdm.auto import tqdm
-
-        def fault(path):
-            try:
-                read_image(path, 8)
-            except Exception as error:
-                return f"{type(error).__name__}: {error}"
-            return ""
-
-        with ThreadPoolExecutor() as pool:
-            return list(tqdm(pool.map(fault, files), total=len(files), desc="reading pictures", disable=len(files) < 200))
+    def __init__(self, files: Sequence[Path], labels: Sequence[int], classes: Sequence[str], size: int):
+        self.files, self.labels, self.classes, self.size = list(files), list(labels), list(classes), size
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple:
         return read_image(self.files[index], self.size), self.labels[index]
+
+
+class PhotoFolder(ImageFiles):
+    """Images of one folder, or of one folder per class (``root/cat/1.jpg``). Item: (image, label), as of ``ImageFiles``.
+
+    A label of -1 means unknown, and SCAN then explains the predicted class. The constructor decodes every file once. It skips
+    files that cannot be read, names them in a warning, and lists them in ``skipped``. Raises FileNotFoundError if ``root`` is not
+    a folder, ValueError if it has no readable image.
+
+    Args:
+        root, size: the folder, and the image size in pixels.
+        classes: class names of the model. A folder's label is then the index of its name in ``classes``, or -1 if the name is not
+            in ``classes``. By default, folders are numbered in sorted order.
+    """
+
+    def __init__(self, root: str | os.PathLike, size: int = 224, classes: Sequence[str] | None = None):
+        from tqdm.auto import tqdm
+
+        root = Path(root)
+        if not root.is_dir():
+            raise FileNotFoundError(f"root must be a folder of images, or of one folder of images per class, got {root}")
+        files = list_image_files(root)
+        folders = sorted({path.relative_to(root).parts[0] for path in files if path.parent != root})
+        classes = folders if classes is None else classes
+        numbered = list(enumerate(classes))[::-1]  # reversed, so that the first of equal names counts
+        index = {_simplify_name(name): number for number, name in numbered} | {name: number for number, name in numbered}
+        labels = {name: index.get(name, index.get(_simplify_name(name), -1)) for name in folders}
+        if unknown := [name for name in folders if labels[name] < 0]:
+            message = f"{len(unknown)} folders in {root} are not in classes, so their labels are unknown (-1): {unknown[:3]}"
+            warnings.warn(message, stacklevel=2)
+
+        with ThreadPoolExecutor() as pool:
+            checks = tqdm(pool.map(_is_readable, files), total=len(files), desc="reading images", disable=len(files) < 200)
+            readable = dict(zip(files, checks, strict=True))
+        self.skipped = [path for path in files if not readable[path]]
+        kept = [path for path in files if readable[path]]
+        super().__init__(kept, [labels.get(path.relative_to(root).parts[0], -1) for path in kept], classes, size)
+        if self.skipped:
+            names = ", ".join(path.name for path in self.skipped[:5]) + (", ..." if len(self.skipped) > 5 else "")
+            message = f"{len(self.skipped)} of {len(files)} images in {root} cannot be read and are skipped: {names}"
+            warnings.warn(message, stacklevel=2)
+        if not kept:
+            raise ValueError(f"root must have a readable image ({', '.join(EXTENSIONS)}) in it or in its folders, got {root}")

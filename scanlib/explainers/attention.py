@@ -1,20 +1,21 @@
-"""Attention maps of vision transformers: which patches did the deciding token draw on?
+"""Attention maps of vision transformers: which patches did the deciding token use?
 
-With A (B, heads, T, T) the attention weights of a block, softmax over keys, and s_c the score of a class:
+With A (B, heads, T, T) the attention weights of a block, softmax over keys, and y_c the score of a class:
 
-    rollout     J <- (I + mean_h A) / 2 @ J                     Abnar, Zuidema 2020, arXiv 2005.00928; knows no class
-    relevance   R <- R + mean_h relu(ds_c/dA * A) @ R           Chefer, Gur, Wolf 2021, arXiv 2103.15679, Eqs. 5-6
-    LeGrad      mean over blocks, heads, queries of relu(ds_c^l/dA^l)      Bousselham et al. 2024, arXiv 2404.03214
+    rollout     J <- (I + mean_h A) / 2 @ J                     Abnar, Zuidema 2020, arXiv 2005.00928; the same for all classes
+    relevance   R <- R + mean_h relu(dy_c/dA * A) @ R           Chefer, Gur, Wolf 2021, arXiv 2103.15679, Eqs. 5-6
+    LeGrad      mean over blocks, heads, queries of relu(dy_c^l/dA^l)      Bousselham et al. 2024, arXiv 2404.03214
 
     maps = AttentionRelevance(model, preprocess=preprocess)(images, target=3)           # (N, H, W) in [0, 1]
 
-The weights are computed where a module does not return them: ``AttentionWeights`` sees fused attention too.
+``AttentionWeights`` computes the weights where a module does not return them, as in fused attention.
 """
 
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,20 +28,18 @@ from scanlib.hooks import FeatureTap
 from scanlib.layers import USUAL_PREFIX_TOKENS, Layout, get_logits, resolve_layer
 from scanlib.targets import Target, compute_scores
 
-# --- the formulas ---
-
 
 def attention_rollout(weights: Sequence[Tensor]) -> Tensor:
-    """Attention weights (B, heads, T, T) of each block, first to last -> (B, T, T): what each token drew from each patch."""
+    """Multiply the attention weights (B, heads, T, T) of the blocks, first to last: (B, T, T), from patches to tokens."""
     identity = torch.eye(weights[0].shape[-1], dtype=weights[0].dtype, device=weights[0].device)
     joint = identity
     for block in weights:
-        joint = (identity + block.mean(1)) / 2 @ joint  # the half: the residual connection; rows of both sum to one
+        joint = (identity + block.mean(1)) / 2 @ joint  # identity: the residual connection; the rows sum to 1
     return joint
 
 
 def attention_relevance(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Weights, and the score's gradient there, (B, heads, T, T) each -> relevance of each token for each, (B, T, T)."""
+    """Accumulate attention weights times the score's gradient there, (B, heads, T, T) each: (B, T, T) between tokens."""
     relevance = torch.eye(weights[0].shape[-1], dtype=weights[0].dtype, device=weights[0].device)
     for block, gradient in zip(weights, gradients, strict=True):
         relevance = relevance + (gradient * block).relu().mean(1) @ relevance
@@ -48,25 +47,23 @@ def attention_relevance(weights: Sequence[Tensor], gradients: Sequence[Tensor]) 
 
 
 def legrad(gradients: Sequence[Tensor]) -> Tensor:
-    """Of each block's own score, the gradient at its attention weights, (B, heads, T, T) each -> (B, T)."""
+    """Average the positive gradients (B, heads, T, T) of each block's own score at its attention weights: (B, T)."""
     return torch.stack([gradient.relu().mean((1, 2)) for gradient in gradients]).mean(0)
 
-
-# --- recording ---
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
 class NoAttentionError(ValueError):
-    """The model does not attend over the whole picture, or its attention can not be read."""
+    """Raised for a model that does not attend over the whole image, or whose attention cannot be read."""
 
 
 class AttentionWeights(TorchFunctionMode):
-    """Inside ``with``, note the weights of every attention that runs, (B, heads, T, T), part of the autograd graph.
+    """Inside ``with``, record the weights (B, heads, T, T) of every attention that runs, part of the autograd graph.
 
-    Catches ``F.scaled_dot_product_attention`` (timm, Hugging Face), ``nn.MultiheadAttention`` (torchvision), and attention
-    written out with a softmax. ``weights`` lists them in order; ``missed`` counts those that could not be taken down (grouped
-    queries, hidden keys, dropout while training).
+    Reads ``F.scaled_dot_product_attention`` (timm, Hugging Face), ``nn.MultiheadAttention`` (torchvision), and attention written
+    with a softmax. ``weights`` lists them in order; ``missed`` counts the ones that cannot be recorded (grouped queries, masked
+    keys, dropout in training).
     """
 
     def __init__(self):
@@ -77,53 +74,47 @@ class AttentionWeights(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
-            call = _call(_scaled_dot_product_attention, args, kwargs)
+            call = _bind_arguments(self._attend, args, kwargs)
             if not call["enable_gqa"] and call["dropout_p"] == 0:
                 return self._attend(**call)
             self.missed += 1
         elif function is F.multi_head_attention_forward:
-            call = _call(function, args, kwargs)
+            call = _bind_arguments(function, args, kwargs)
             if _is_plain(call):
                 return self._multi_head(**call)
             self.missed += 1
         output = function(*args, **kwargs)
         if function in _SOFTMAX and output.ndim > 2 and output.shape[-1] == output.shape[-2]:
-            return self._note(output)
+            return self._record(output)
         return output
 
-    def checked(self, inputs: Tensor, model: nn.Module) -> list[Tensor]:
-        """``weights``, if they are of a model that attends over the whole of each picture (N, ...) in every block.
-
-        Raises NoAttention if not.
-        """
+    def validate(self, inputs: Tensor, message: str) -> list[Tensor]:
+        """Return ``weights``. Raises NoAttentionError(message) unless all attend over the whole of each image (N, ...)."""
         shapes = {tuple(block.shape) for block in self.weights}
         if self.missed or len(shapes) != 1 or self.weights[0].ndim != 4 or len(self.weights[0]) != len(inputs):
             seen = f"attention of {', '.join(map(str, sorted(shapes)))}" if shapes else "no self-attention"
-            seen += f" and {self.missed} that could not be taken down" if self.missed else ""
-            raise NoAttentionError(
-                f"{type(model).__name__} shows {seen} for {len(inputs)} images; these maps need blocks that attend over the "
-                "whole picture, (images, heads, tokens, tokens); take SCAN or a CAM for this model"
-            )
+            seen += f" and {self.missed} that cannot be recorded" if self.missed else ""
+            raise NoAttentionError(f"{message} (seen: {seen} for {len(inputs)} images)")
         return self.weights
 
-    def _note(self, weights: Tensor) -> Tensor:
+    def _record(self, weights: Tensor) -> Tensor:
         self.weights.append(weights)
         if not torch.is_grad_enabled() or weights.requires_grad:
             return weights
         weights.requires_grad_()  # a frozen model: the graph begins at its first attention
-        return weights.clone()  # the model may go on in place
+        return weights.clone()  # the model may change them in place
 
-    def _attend(self, query, key, value, attn_mask=None, is_causal=False, scale=None, **_):
-        """softmax(Q K^T / sqrt(d)) V with the weights noted; (B, heads, T, d) each."""
+    def _attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        """Compute softmax(Q K^T / sqrt(d)) V, (B, heads, T, d) each, and record the softmax. Signature: that of torch's."""
         logits = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:
             attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
         if attn_mask is not None:
             logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
-        return self._note(logits.softmax(-1)) @ value
+        return self._record(logits.softmax(-1)) @ value
 
     def _multi_head(self, query, num_heads, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, **options):
-        """nn.MultiheadAttention on one sequence (T, B, C): project, attend, project."""
+        """Run nn.MultiheadAttention on one sequence (T, B, C): project, attend, project."""
         projected = F.linear(query, in_proj_weight, in_proj_bias).unflatten(-1, (3, num_heads, -1))
         q, k, v = projected.permute(2, 1, 3, 0, 4)  # (B, heads, T, d) each
         mixed = self._attend(q, k, v, options["attn_mask"])
@@ -133,20 +124,14 @@ class AttentionWeights(TorchFunctionMode):
         return output, self.weights[-1].mean(1) if options["average_attn_weights"] else self.weights[-1]
 
 
-def _scaled_dot_product_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
-    """The signature of torch's, which is built in and does not tell it."""
-
-
-def _call(function, args, kwargs) -> dict:
+def _bind_arguments(function, args, kwargs) -> dict:
     call = inspect.signature(function).bind(*args, **kwargs)
     call.apply_defaults()
     return call.arguments
 
 
 def _is_plain(call: dict) -> bool:
-    """Self-attention without anything that ``_multi_head`` leaves out."""
+    """Return whether it is self-attention without anything that ``_multi_head`` leaves out."""
     mask = call["attn_mask"]
     return (
         call["query"] is call["key"] is call["value"]
@@ -160,37 +145,70 @@ def _is_plain(call: dict) -> bool:
     )
 
 
-# --- the explainers ---
+def _detach(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [at_least_float32(tensor.detach()) for tensor in tensors]
+
+
+def _differentiate(outputs: Tensor, target: Target, weights: Sequence[Tensor], retain_graph=False) -> Sequence[Tensor]:
+    return torch.autograd.grad(compute_scores(outputs, target).sum(), weights, retain_graph=retain_graph)
+
+
+def tokens_to_grid(tokens: Tensor, size: Sequence[int], message: str) -> Tensor:
+    """Arrange one value per token, (N, T), as maps (N, h, w) for inputs of size (H, W). Raises NoAttentionError(message) if the
+    tokens are not a grid of patches."""
+    with suppress(ValueError):
+        layout = Layout.infer((*tokens.shape, 1), size)
+        if layout.prefix <= USUAL_PREFIX_TOKENS:
+            return tokens[:, layout.prefix :].unflatten(1, layout.grid)
+    raise NoAttentionError(f"{message} (seen: attention over {tokens.shape[1]} tokens that are not a grid of patches)")
+
+
+def average_head_rows(pairs: Tensor, last_gradient: Tensor) -> Tensor:
+    """Average the rows of (N, T, T) whose tokens the head reads: (N, T).
+
+    After the last attention tokens do not mix, so only tokens that the head reads (the class token, or the patches that it
+    averages) have a gradient at their queries there, ``last_gradient`` (N, heads, T, T).
+    """
+    reads = (last_gradient != 0).any(3).any(1).to(pairs.dtype)  # (N, T)
+    count = reads.sum(1, keepdim=True)
+    if not count.all():
+        empty = int((count == 0).sum())
+        warnings.warn(f"the score of {empty} images has no gradient at the last attention, so their maps are empty", stacklevel=8)
+    return (reads[:, None] @ pairs)[:, 0] / count.clamp_min(1)
+
+
+def compute_relevance(weights: Sequence[Tensor], gradients: Sequence[Tensor], last_gradient: Tensor) -> Tensor:
+    """Compute the relevance (N, T) of each token for the head from blocks' attention weights and gradients (N, heads, T, T)."""
+    return average_head_rows(attention_relevance(_detach(weights), _detach(gradients)), last_gradient)
 
 
 class _AttentionExplainer(Explainer):
-    """Explainers that read a recording of every block's attention; ``Explainer`` tells the call.
+    """Base class of the explainers that read every block's attention. See ``Explainer`` for the call.
 
-    Args:
-        model: a vision transformer whose blocks attend over all patches; put in eval mode for the call, and back.
-        target_layer: the blocks to read, as a name, module, index or a list of them; None reads all.
-        preprocess: what turns images in [0, 255] into the model's input; None passes them on as they are.
+    target_layer: the blocks to read, as a name, module, index or a list of them; None reads all. The call raises
+    NoAttentionError, a ValueError, for models whose blocks do not attend over the whole image.
     """
 
     def __init__(self, model: nn.Module, target_layer=None, preprocess: Callable[[Tensor], Tensor] | None = None):
         super().__init__(model, target_layer, preprocess)
         layers = target_layer if isinstance(target_layer, (list, tuple)) else [target_layer]
         if not layers:
-            raise ValueError(f"target_layer {target_layer!r} is empty; give a block, a list of them, or None for all")
-        self.blocks = None if target_layer is None else [resolve_layer(model, layer)[1] for layer in layers]
+            raise ValueError(f"target_layer must be a block, a list of blocks, or None for all, got {target_layer!r}")
+        self.blocks = [] if target_layer is None else [resolve_layer(model, layer)[1] for layer in layers]
+        needed = "needs blocks that attend over the whole image, (images, heads, tokens, tokens)"
+        self._message = f"{type(self).__name__} {needed}, and {type(model).__name__} has none; use SCAN or a CAM"
 
-    def _maps(self, inputs: Tensor, target: Target) -> Tensor:
-        """Raises NoAttention for models whose attention is not over the whole picture."""
+    def _compute_maps(self, inputs: Tensor, target: Target) -> Tensor:
         with torch.enable_grad():
-            return tokens_to_grid(self._tokens(inputs, target), inputs, self.model)
+            return tokens_to_grid(self._weigh_tokens(inputs, target), inputs.shape[-2:], self._message)
 
-    def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
-        """Inputs -> what each token weighs, (N, T)."""
+    def _weigh_tokens(self, inputs: Tensor, target: Target) -> Tensor:
+        """Compute each token's value in the map, (N, T)."""
         raise NotImplementedError
 
-    def _recorded(self, inputs: Tensor) -> "_Recording":
-        """Run the model and take its attention down."""
-        recorder, spans, outputs, handles = AttentionWeights(), [], [], []
+    def _record(self, inputs: Tensor) -> tuple[list[Tensor], list[int], Tensor, list[Tensor]]:
+        """Run the model. Return the attention weights of all blocks, the chosen blocks' indices, logits, the chosen outputs."""
+        recorder, spans, outputs = AttentionWeights(), [], []
 
         def start(*_):
             spans.append([len(recorder.weights)])
@@ -199,151 +217,107 @@ class _AttentionExplainer(Explainer):
             spans[-1].append(len(recorder.weights))
             outputs.append(output[0] if isinstance(output, tuple) else output)
 
-        try:
-            for block in self.blocks or ():
-                handles += [block.register_forward_pre_hook(start), block.register_forward_hook(stop)]
+        with ExitStack() as hooks:
+            for block in self.blocks:
+                hooks.enter_context(block.register_forward_pre_hook(start))
+                hooks.enter_context(block.register_forward_hook(stop))
             with recorder:
                 logits = get_logits(self.model(inputs))
-        finally:
-            for handle in handles:
-                handle.remove()
-        weights = recorder.checked(inputs, self.model)
-        counts = [last - first for first, last in spans] + [0] * (len(self.blocks or ()) - len(spans))  # 0: it did not run
+        weights = recorder.validate(inputs, self._message)
+        counts = [last - first for first, last in spans] + [0] * (len(self.blocks) - len(spans))  # 0: it did not run
         if any(count != 1 for count in counts):
-            raise ValueError(f"blocks in target_layer run {counts} attentions; give blocks that run, with one attention each")
-        return _Recording(weights, [weights[first] for first, _ in spans] or weights, logits, outputs)
-
-
-@dataclass(frozen=True)
-class _Recording:
-    """Attention weights (N, heads, T, T) of all blocks and of the chosen ones, the logits, the chosen blocks' outputs."""
-
-    weights: list[Tensor]
-    chosen: list[Tensor]
-    logits: Tensor
-    outputs: list[Tensor]
-
-    def gradients(self, target: Target) -> list[Tensor]:
-        """The score's gradient at each of all blocks' weights."""
-        return list(map(_detached, torch.autograd.grad(compute_scores(self.logits, target).sum(), self.weights)))
-
-
-def _detached(x: Tensor) -> Tensor:
-    return at_least_float32(x.detach())
-
-
-def tokens_to_grid(tokens: Tensor, inputs: Tensor, model: nn.Module) -> Tensor:
-    """What each token weighs, (N, T) -> (N, h, w), for inputs (N, 3, H, W). Raises NoAttention if they are no grid of patches."""
-    layout = Layout.infer((*tokens.shape, 1), tuple(inputs.shape[-2:]))
-    if layout.prefix > USUAL_PREFIX_TOKENS:
-        raise NoAttentionError(
-            f"{type(model).__name__} attends over {tokens.shape[1]} things, no grid of patches; take SCAN or a CAM"
-        )
-    return tokens[:, layout.prefix :].unflatten(1, layout.grid)
-
-
-def average_head_rows(pairs: Tensor, last_gradient: Tensor) -> Tensor:
-    """Rows of (N, T, T) that the head reads, averaged: (N, T).
-
-    Behind the model's last attention tokens no longer mix, so exactly the tokens that the head reads (the class token, or the
-    patches that it averages) have a gradient at their queries there.
-    """
-    reads = (last_gradient != 0).any(3).any(1).to(pairs.dtype)  # (N, T)
-    count = reads.sum(1, keepdim=True)
-    if not count.all():
-        empty = int((count == 0).sum())
-        warnings.warn(f"the score of {empty} images has no gradient at the last attention, so their maps are empty", stacklevel=5)
-    return (reads[:, None] @ pairs)[:, 0] / count.clamp_min(1)
+            raise ValueError(f"target_layer must be blocks that run with one attention each, got blocks with {counts} attentions")
+        return weights, [first for first, _ in spans] or list(range(len(weights))), logits, outputs
 
 
 class AttentionRollout(_AttentionExplainer):
-    """Attention rollout (Abnar, Zuidema 2020): attention and residuals multiplied through. The target makes no difference."""
+    """Attention rollout (Abnar, Zuidema 2020): the product of attention and residuals. The map is the same for all classes."""
 
-    def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
-        seen = self._recorded(inputs)
-        return average_head_rows(attention_rollout(list(map(_detached, seen.chosen))), seen.gradients(target)[-1])
+    def _weigh_tokens(self, inputs, target):
+        weights, chosen, logits, _ = self._record(inputs)
+        rollout = attention_rollout(_detach([weights[i] for i in chosen]))
+        return average_head_rows(rollout, _differentiate(logits, target, weights)[-1])
 
 
 class AttentionRelevance(_AttentionExplainer):
-    """Generic attention explainability (Chefer, Gur, Wolf 2021): gradient times attention, positive part, accumulated."""
+    """Generic attention explainability (Chefer, Gur, Wolf 2021): the positive part of gradient times attention, accumulated."""
 
-    def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
-        seen = self._recorded(inputs)
-        gradients = seen.gradients(target)
-        at = {id(block): gradient for block, gradient in zip(seen.weights, gradients, strict=True)}
-        relevance = attention_relevance(list(map(_detached, seen.chosen)), [at[id(block)] for block in seen.chosen])
-        return average_head_rows(relevance, gradients[-1])
+    def _weigh_tokens(self, inputs, target):
+        weights, chosen, logits, _ = self._record(inputs)
+        gradients = _differentiate(logits, target, weights)
+        return compute_relevance([weights[i] for i in chosen], [gradients[i] for i in chosen], gradients[-1])
 
 
 class LeGrad(_AttentionExplainer):
-    """LeGrad (Bousselham et al. 2024): how each block's own score answers to its attention.
+    """LeGrad (Bousselham et al. 2024): how much each block's own score depends on its attention.
 
-    A block's score s^l is what the model's head makes of the mean of its tokens, so target_layer takes whole blocks. target None
-    takes the class that the model predicts. head: tokens (N, T, C) -> logits (N, K); None finds torchvision's and timm's.
+    A block's score y^l is the model's head applied to the mean of the block's tokens, so target_layer must be whole blocks.
+    target None explains the class that the model predicts. head: function from tokens (N, T, C) to logits (N, K); None finds it
+    in models of torchvision and timm.
     """
 
     def __init__(self, model, target_layer=None, preprocess=None, *, head: Callable[[Tensor], Tensor] | None = None):
         if target_layer is None or head is None:
-            blocks, own_head = _blocks_and_head(model)
+            blocks, own_head = _find_blocks_and_head(model)
             target_layer, head = blocks if target_layer is None else target_layer, head or own_head
         super().__init__(model, target_layer, preprocess)
         self.head = head
 
-    def _tokens(self, inputs: Tensor, target: Target) -> Tensor:
-        seen = self._recorded(inputs)
-        target = seen.logits.argmax(1) if target is None else target
-        gradients = []
-        for block, tokens in zip(seen.chosen, seen.outputs, strict=True):
-            pooled = tokens.mean(1, keepdim=True).expand_as(tokens)  # whichever token the head reads, it reads the mean
-            gradients += torch.autograd.grad(compute_scores(self.head(pooled), target).sum(), block, retain_graph=True)
-        return legrad(list(map(_detached, gradients)))
+    def _weigh_tokens(self, inputs, target):
+        weights, chosen, logits, outputs = self._record(inputs)
+        target = logits.argmax(1) if target is None else target
+        gradients: list[Tensor] = []
+        for i, tokens in zip(chosen, outputs, strict=True):
+            pooled = tokens.mean(1, keepdim=True).expand_as(tokens)  # every token is the mean, so the head reads the mean
+            gradients += _differentiate(self.head(pooled), target, [weights[i]], retain_graph=True)
+        return legrad(_detach(gradients))
 
 
-def _blocks_and_head(model: nn.Module) -> tuple[list[nn.Module], Callable[[Tensor], Tensor]]:
+def _find_blocks_and_head(model: Any) -> tuple[list[nn.Module], Callable[[Tensor], Tensor]]:
     if isinstance(model, torchvision.models.VisionTransformer):
         return list(model.encoder.layers), lambda tokens: model.heads(model.encoder.ln(tokens)[:, 0])
     if all(hasattr(model, name) for name in ("blocks", "norm", "forward_head")):  # timm
         return list(model.blocks), lambda tokens: get_logits(model.forward_head(model.norm(tokens)))
-    raise ValueError(
-        f"the blocks and the head of {type(model).__name__} are not known; "
-        "pass target_layer=[its blocks] and head=a function from tokens (N, T, C) to logits (N, K)"
-    )
+    needed = "target_layer=[its blocks] and head=a function from tokens (N, T, C) to logits (N, K)"
+    raise ValueError(f"the blocks and the head of {type(model).__name__} are not known; pass {needed}")
 
 
 class RelevanceTap(FeatureTap):
-    """``FeatureTap``, and what the deciding token draws from each patch (Chefer, Gur, Wolf 2021, arXiv 2103.15679, Eqs. 5-6).
+    """``FeatureTap`` that also computes the relevance of each patch (Chefer, Gur, Wolf 2021, arXiv 2103.15679, Eqs. 5-6).
 
-    Raises NoAttention, a ValueError, for a model whose attention is not over the whole picture, or can not be read.
+    The call and ``gradient_and_relevance`` raise NoAttentionError, a ValueError, for models whose attention is not over the whole
+    image or cannot be read.
     """
 
-    def __init__(self, model, layer):
+    def __init__(self, model: nn.Module, layer: str | int | nn.Module):
         super().__init__(model, layer)
-        self.graph, self._weights, self._inputs = "whole", [], None
+        self.record = "all"
+        self._weights: list[Tensor] = []
+        found = f"{type(model).__name__} has none that can be read; use gradient, attribution or position"
+        self._message = f"mask_by 'relevance' needs attention over the whole image, and {found}"
 
     def __call__(self, inputs: Tensor) -> Tensor:
         self._weights = []
         with AttentionWeights() as recorder:
             logits = super().__call__(inputs)
-        self._weights, self._inputs = recorder.checked(inputs, self.model), inputs
+        self._weights = recorder.validate(inputs, self._message)
         return logits
 
     def __exit__(self, *exception) -> None:
         super().__exit__(*exception)
-        self._weights, self._inputs = [], None
+        self._weights = []
 
     @property
     def features(self) -> Tensor:
         return super().features.detach()
 
     def gradient_and_relevance(self, target: Target = None) -> tuple[Tensor, Tensor]:
-        """``gradient``, and relevance (B, h, w), not negative, float32 or better. target: as for ``FeatureTaps.gradients``."""
-        gradient, *at_weights = self._gradients([*self.captured, *self._weights], target)
+        """Compute ``gradient`` and relevance (B, h, w), 0 or more, float32 or better. target: see ``FeatureTap.gradients``."""
+        gradient, *others = self._compute_gradients([*self.captured, *self._weights], target)
         if gradient is None:
-            raise self._unread(self.name)
-        if not at_weights or any(each is None for each in at_weights):
-            raise NoAttentionError(
-                f"the score of {type(self.model).__name__} has no gradient at all of its attention; take SCAN or a CAM"
-            )
-        at_weights = [at_least_float32(each) for each in at_weights]
-        pairs = attention_relevance([at_least_float32(block.detach()) for block in self._weights], at_weights)
-        return gradient, tokens_to_grid(average_head_rows(pairs, at_weights[-1]), self._inputs, self.model)
+            raise self._no_gradient_error(self.name)
+        at_weights = [each for each in others if each is not None]
+        if not at_weights or len(at_weights) < len(others):
+            raise NoAttentionError(f"{self._message} (seen: attention that does not influence the score)")
+        tokens = compute_relevance(self._weights, at_weights, at_weights[-1])
+        return gradient, tokens_to_grid(tokens, self._input_size, self._message)

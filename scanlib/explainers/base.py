@@ -1,151 +1,178 @@
-"""The call every explainer answers, so that a comparison is a loop over a dictionary.
+"""The call that every explainer answers, and how its heat maps are brought to the image's size and to [0, 1].
 
-explainer = Method(model, target_layer=None, preprocess=None)
+explainer = GradCAM(model, target_layer=None, preprocess=preprocess)
 maps = explainer(images)                                # (N, 3, H, W) in [0, 255] -> (N, H, W) in [0, 1]
-raw = explainer(images, target=3, normalize=False)      # (N, h, w), as computed, at feature resolution
+raw = explainer(images, target=3, normalize=False)      # (N, h, w) at feature resolution
 """
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scanlib.layers import eval_mode
+from scanlib.layers import eval_mode, find_default_layer, to_channels_last as to_channels_last
 from scanlib.targets import Target
+
+INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}  # by the number of spatial axes
 
 
 class Explainer:
-    """What every method shares. A method says in ``_maps`` what it makes of preprocessed inputs.
+    """Base class of all explainers. A subclass implements ``_compute_maps``. The model is unchanged after a call.
 
     Args:
-        model: put in eval mode for the call, and back; nothing about it is changed.
-        target_layer: the layer, or layers, to read; what None takes is the method's business.
-        preprocess: what turns images in [0, 255] into the model's input; None passes them on as they are.
+        model: module to explain; runs in eval mode.
+        target_layer: name, module or index of the layer to read; the meaning of None depends on the method.
+        preprocess: function from images in [0, 255] to the model's input; None passes the images on.
     """
 
-    differentiable = False  # whether the map's own gradient is wanted
+    differentiable = False  # whether the map keeps its autograd graph
 
     def __init__(self, model: nn.Module, target_layer=None, preprocess: Callable[[Tensor], Tensor] | None = None):
         self.model, self.target_layer = model, target_layer
         self.preprocess = preprocess or (lambda images: images)
-        # channels of pictures, or None where the model takes signals or volumes
+        self._default_layers: dict[tuple[int, ...], str] = {}  # by the shape of an input
+        # channels of an image; None for models of signals or volumes
         self._channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception) -> None:
-        """Nothing to undo: hooks live for one call."""
+        """Do nothing: hooks exist only during a call."""
 
     def __call__(self, images: Tensor, target: Target = None, normalize: bool = True) -> Tensor:
-        """Images (N, 3, H, W) in [0, 255] -> maps (N, H, W) in [0, 1], on their device, negative values taken as 0; with
-        normalize=False the raw maps (N, h, w) at feature resolution. Signals (N, C, L) and volumes (N, C, D, H, W) give maps of
-        their own shape.
+        """Explain a batch of images.
 
-        target: None (predicted class), a class, one per image, or callables on an image's outputs. Raises ValueError for images
-        of another shape or with NaN, and for a wrong count of classes.
+        Args:
+            images: (N, 3, H, W) or a single (3, H, W), in [0, 255]. Models without 2-d convolutions also take signals
+                (N, C, L) and volumes (N, C, D, H, W).
+            target: None (predicted class), a class, one class per image, or callables; see ``scanlib.targets``.
+            normalize: True returns maps in [0, 1] at the images' size, with negative values set to 0. False returns the raw
+                maps at feature resolution.
+
+        Returns:
+            (N, H, W) on the images' device, or (H, W) for a single image.
+
+        Raises:
+            ValueError: for images of another shape, images with NaN, or a wrong number of classes.
         """
-        with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable), eval_mode(self.model):
-            inputs = self._inputs(images)
-            maps = self._maps(inputs, target) if len(images) else torch.zeros(0, *images.shape[2:], device=images.device)
-        self._one_each(maps, images)
-        return (normalize_map(maps.relu(), images.shape[2:]) if normalize else maps).to(images.device)
+        return self._run(images, lambda inputs: self._compute_maps(inputs, target), normalize)
 
-    def _one_each(self, maps: Tensor, images: Tensor) -> None:
-        if len(maps) != len(images):
-            raise ValueError(
-                f"{type(self).__name__} finds {len(maps)} maps for {len(images)} images: the first axis of target_layer's output "
-                "is not the images'; take another layer, or give a reshape where the method has one"
-            )
-
-    def _inputs(self, images: Tensor) -> Tensor:
-        """Checked, preprocessed, on the model's device, in its precision."""
-        allowed = (1, 3, 4, self._channels)
-        if (
-            not isinstance(images, Tensor)
-            or images.ndim < 3
-            or (self._channels is not None and (images.ndim != 4 or images.shape[1] not in allowed))
-        ):
-            seen = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images must be a tensor (N, 3, H, W), not {seen}; put [None] behind a single one")
-        if not torch.isfinite(images).all():
-            raise ValueError("images hold NaN or infinite values; expected finite pixels in [0, 255]")
-        inputs = prepare_inputs(self.model, self.preprocess, images)
-        return inputs.clone() if inputs.is_inference() else inputs  # an inference tensor can not take part in a graph
-
-    def _maps(self, inputs: Tensor, target: Target) -> Tensor:
-        """Inputs (N, ...) -> raw maps (N, h, w)."""
+    def _compute_maps(self, inputs: Tensor, target: Target) -> Tensor:
+        """Compute raw maps (N, h, w) from preprocessed inputs (N, ...)."""
         raise NotImplementedError
+
+    def _run(self, images: Tensor, compute: Callable[[Tensor], Tensor], normalize: bool) -> Tensor:
+        """Apply ``compute`` to the preprocessed batch; handles single images, empty batches, eval mode and normalisation."""
+        batch = self._validate_images(images)
+        if not len(batch):
+            return torch.zeros(0, *batch.shape[2:], device=images.device)
+        with self._evaluation():
+            maps = compute(self._prepare(batch))
+            if len(maps) != len(batch):
+                raise ValueError(
+                    f"{type(self).__name__} computed {len(maps)} maps for {len(batch)} images: the first axis of target_layer's "
+                    "output is not the batch; use another layer, or pass reshape where the method has it"
+                )
+            maps = self._normalize(maps, batch.shape[2:]) if normalize else maps
+        return (maps if batch.ndim == images.ndim else maps[0]).to(images.device)
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Run the model in eval mode outside inference mode, with gradients only for differentiable maps."""
+        with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable), eval_mode(self.model):
+            yield
+
+    def _normalize(self, maps: Tensor, size: Sequence[int]) -> Tensor:
+        """Resize and normalize maps (N, h, w), or (N, K, h, w) for K classes."""
+        if maps.ndim == len(size) + 2:
+            return self._normalize(maps.flatten(0, 1), size).unflatten(0, maps.shape[:2])
+        return normalize_map(maps.relu(), size)
+
+    def _validate_images(self, images: Tensor) -> Tensor:
+        """Return images as a batch. Raise ValueError for a wrong shape and for NaN."""
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        if isinstance(images, Tensor) and images.ndim == 3 and self._channels is not None:
+            images = images[None]
+        is_image = isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3, 4, self._channels)
+        is_other = isinstance(images, Tensor) and images.ndim >= 3 and self._channels is None
+        if not is_image and not is_other:
+            raise ValueError(f"images must be a tensor (N, 3, H, W) or (3, H, W), got {shape}")
+        if not torch.isfinite(images).all():
+            raise ValueError("images must be finite pixels in [0, 255], got NaN or infinite values")
+        return images
+
+    def _find_default_layer(self, inputs: Tensor) -> str:
+        """Return the name of the last layer with a spatial extent for inputs of this size."""
+        shape = tuple(inputs.shape[1:])
+        if shape not in self._default_layers:
+            self._default_layers[shape] = find_default_layer(self.model, shape[1:], shape[0])
+        return self._default_layers[shape]
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        inputs = prepare_inputs(self.model, self.preprocess, images)
+        return inputs.clone() if inputs.is_inference() else inputs  # an inference tensor cannot take part in a graph
 
 
 def prepare_inputs(model: nn.Module, preprocess: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Images in [0, 255] -> what the model takes, on its device and in its precision."""
+    """Preprocess images in [0, 255] on the model's device, in the model's precision."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), images)
     inputs = preprocess(images.to(weight.device))
     return to_channels_last(inputs.to(weight.dtype) if weight.is_floating_point() else inputs)
 
 
-def to_channels_last(inputs: Tensor) -> Tensor:
-    """Pictures in the order in memory in which convolutions on the CPU run faster, by a fifth to a half: channels last."""
-    pictures = inputs.ndim == 4 and inputs.device.type == "cpu"
-    return inputs.contiguous(memory_format=torch.channels_last) if pictures else inputs
-
-
 def choose_batch_size(images: Tensor, batch_size: int | None = None, model: nn.Module | None = None) -> int:
-    """Pictures (N, C, H, W) a run: ``batch_size``, or where it is None up to 64, of no more pixels than 64 of 224 x 224.
+    """Choose how many images (N, C, H, W) to run at once; ``batch_size`` if it is given.
 
-    On the CPU 32 and 16: for larger features the system clears memory anew each time, and a picture takes up to twice as long.
-    model: if it may be on another device than the images. Raises ValueError for less than 1.
+    At most 64 images of 224 x 224 pixels; on the CPU 16, because larger batches were up to twice as slow. Pass ``model`` if it
+    may be on another device than the images. Raises ValueError for a batch_size below 1.
     """
     if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} is too small; give 1 or more, or None")
+        raise ValueError(f"batch_size must be at least 1 or None, got {batch_size}")
     device = images.device if model is None else next(model.parameters(), images).device
-    most, of_224 = (32, 16) if device.type == "cpu" else (64, 64)
-    return batch_size or max(1, min(most, of_224 * 224**2 // max(1, math.prod(images.shape[2:]))))
+    most, most_at_224 = (32, 16) if device.type == "cpu" else (64, 64)
+    return batch_size or max(1, min(most, most_at_224 * 224**2 // max(1, math.prod(images.shape[2:]))))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Single precision or better: sums over many entries want it, whatever the model computes in."""
+    """Convert half precision and integers to float32; sums over many entries need it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}  # by the number of axes
-
-
 def resize_map(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps (B, h, w) -> (B, H, W), bilinearly; signals (B, l) and volumes (B, d, h, w) likewise."""
+    """Resize maps (B, h, w) to (B, H, W) bilinearly; signals (B, l) and volumes (B, d, h, w) likewise."""
     if tuple(maps.shape[1:]) == tuple(size):
         return maps
     return F.interpolate(maps[:, None], size=tuple(size), mode=INTERPOLATION[maps.ndim - 1], align_corners=False)[:, 0]
 
 
 def scale_to_unit_range(maps: Tensor) -> Tensor:
-    """Each map (B, ...) stretched to [0, 1]; a constant map becomes 0."""
+    """Scale each map (B, ...) to [0, 1]; a constant map becomes 0."""
     axes = tuple(range(1, maps.ndim))
     low, high = maps.amin(axes, keepdim=True), maps.amax(axes, keepdim=True)
     return (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
 def normalize_map(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps (B, h, w) -> (B, H, W), resized bilinearly and stretched to [0, 1] each; a constant map becomes 0."""
+    """Resize maps (B, h, w) to (B, H, W) and scale each to [0, 1]; a constant map becomes 0."""
     return scale_to_unit_range(resize_map(maps, size))
 
 
 def validate_maps(maps: Tensor, count: int, size: Sequence[int]) -> Tensor:
-    """Maps to measure, (N, h, w) of any dtype -> (N, H, W) in single precision or better.
+    """Check maps (N, h, w) before they are measured; return them as (N, H, W) in float32 or float64.
 
-    Maps of another size than the pictures' are resized, and a warning says so. Raises ValueError for another count, NaN or
-    infinity.
+    Maps of another size are resized with a warning. Raises ValueError for another count, NaN or infinite values.
     """
     if maps.ndim != 3 or len(maps) != count:
-        raise ValueError(f"maps have shape {tuple(maps.shape)}; for these images it must be {(count, *size)}")
-    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        raise ValueError(f"maps must have shape {(count, *size)} for these images, got {tuple(maps.shape)}")
+    maps = at_least_float32(maps)
     broken = (~maps.isfinite()).any((1, 2)).nonzero()[:, 0].tolist()
     if broken:
-        raise ValueError(f"maps {broken[:5]} of {count} hold NaN or infinite values; leave them out, or find out why")
+        raise ValueError(f"maps must be finite, got NaN or infinite values in maps {broken[:5]} of {count}")
     if tuple(maps.shape[1:]) != tuple(size):
-        warnings.warn(f"maps of {tuple(maps.shape[1:])} are resized to the pictures' {tuple(size)}", stacklevel=3)
+        warnings.warn(f"maps of {tuple(maps.shape[1:])} are resized to the images' size {tuple(size)}", stacklevel=3)
     return resize_map(maps, size)

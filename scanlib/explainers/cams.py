@@ -1,10 +1,9 @@
-"""Class activation maps by gradients and components: for each formula of ``scanlib.formulas`` the explainer that feeds it.
+"""Class activation maps from gradients and principal components: one explainer for each formula in ``formulas``.
 
 maps = GradCAM(model, "layer4", preprocess)(images)             # (N, 3, H, W) in [0, 255] -> (N, H, W) in [0, 1]
-each = GradCAM(model, ["layer3", "layer4"], preprocess).for_classes(images, [3, 7])         # (N, 2, H, W)
+maps = GradCAM(model, ["layer3", "layer4"], preprocess).explain_classes(images, [3, 7])     # (N, 2, H, W)
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -12,32 +11,35 @@ import torch
 from torch import Tensor, nn
 
 from scanlib.explainers import formulas
-from scanlib.explainers.base import Explainer, at_least_float32, normalize_map
+from scanlib.explainers.base import Explainer, at_least_float32
 from scanlib.explainers.formulas import FUSIONS, compute_first_component, fuse_maps
 from scanlib.hooks import FeatureTaps
-from scanlib.layers import eval_mode, find_default_layer, resolve_layer
-from scanlib.targets import Target, compute_scores, contrast, is_callable_target, resolve_classes
+from scanlib.layers import get_logits, resolve_layer
+from scanlib.targets import Contrast, Target, compute_scores, is_callable_target, resolve_classes
 
 
 class CAMExplainer(Explainer):
-    """Every method's call; see ``Explainer``.
+    """Base class of the class activation maps. See ``Explainer`` for the call, the model and preprocess.
+
+    It runs ``_compute_class_maps`` (smoothing, fusion) -> ``_compute_layer_maps`` (formula) -> ``_compute_arguments``.
 
     Args:
-        model: any classifier; with a callable target any model.
-        target_layer: name, module, index, or a list of them, whose maps are fused; None takes the last layer with a spatial
-            extent, which ``layers`` tells after the call.
-        preprocess: what turns images in [0, 255] into the model's input; None passes them on as they are.
-        fuse: how maps of several layers become one: "mean", "max", "product", "tanh" (Layer-CAM's), or a function of the list of
-            maps (N, h, w), all resized to the finest. None: what the method's paper says, else "mean".
-        reshape: the layer's output -> (N, C, h, w); None reads the layout off the shape (CNNs, Swin, tokens with any prefix).
-        eigen_smooth: the first principal component of the channels' contributions in place of their sum.
-        aug_smooth: the mean over mirrored and brighter or darker inputs (six in all).
-        differentiable: keep the graph, so that the map's gradient reaches images and weights; for raw or normalised maps.
+        target_layer: name, module, index, or a list of them to fuse. None uses the last layer with a spatial extent;
+            ``layers`` holds its name after the call.
+        fuse: how to fuse several layers: "mean", "max", "product", "tanh" (Layer-CAM), or a function of the list of raw maps
+            (N, h, w), resized to the largest. None uses the fusion of the method's paper, else "mean".
+        reshape: function from the layer's output to (N, C, h, w). None infers it from the shape (CNNs, Swin, tokens).
+        eigen_smooth: use the first principal component of the channels' contributions instead of their sum.
+        aug_smooth: average over six versions of the input: mirrored or not, scaled by 0.9, 1 and 1.1.
+        differentiable: keep the autograd graph, so that the maps can be differentiated with respect to images and weights.
+
+    Raises ValueError for an unknown layer or fusion, and for options that the method does not support.
     """
 
-    graph: str | None = "tail"  # what is recorded, and whether gradients have gradients: see FeatureTaps
-    twice = False
+    needs_gradient = True  # whether the formula takes the score's gradient
+    create_graph = False  # whether that gradient is differentiated again
     fusion = "mean"
+    is_component = False  # whether the formula computes a principal component
     formula: Callable[..., Tensor]
 
     def __init__(
@@ -46,139 +48,130 @@ class CAMExplainer(Explainer):
         target_layer=None,
         preprocess: Callable[[Tensor], Tensor] | None = None,
         *,
-        fuse: str | Callable | None = None,
+        fuse: str | Callable[[Sequence[Tensor]], Tensor] | None = None,
         reshape: Callable[[Tensor], Tensor] | None = None,
         eigen_smooth: bool = False,
         aug_smooth: bool = False,
         differentiable: bool = False,
     ):
         super().__init__(model, target_layer, preprocess)
-        layers = list(target_layer) if isinstance(target_layer, (list, tuple)) else [target_layer]
+        layers = target_layer if isinstance(target_layer, (list, tuple)) else [target_layer]
         if not layers:
-            raise ValueError(f"target_layer {target_layer!r} is empty; give a layer, a list of them, or None for the last one")
-        self.layers = None if target_layer is None else [resolve_layer(model, layer)[0] for layer in layers]
-        self._found: dict[tuple[int, ...], str] = {}  # the last layer with a spatial extent, by the shape of an input
+            raise ValueError(f"target_layer must be a layer, a list of layers, or None for the last one, got {target_layer!r}")
+        self.layers = [] if target_layer is None else [resolve_layer(model, layer)[0] for layer in layers]
         fuse = fuse or self.fusion
         if not callable(fuse) and fuse not in FUSIONS:
-            raise ValueError(f"fuse {fuse!r} is not known; take one of {', '.join(FUSIONS)}, or a function")
+            raise ValueError(f"fuse must be one of {', '.join(FUSIONS)}, or a function, got {fuse!r}")
         self.fuse = fuse if callable(fuse) else FUSIONS[fuse]
-        self.reshape, self.aug_smooth = reshape, aug_smooth
-        component = "combine" not in inspect.signature(type(self).formula).parameters
-        if eigen_smooth and component:
-            raise ValueError(f"eigen_smooth is not for {type(self).__name__}, whose map is a component already; leave it out")
-        if differentiable and (eigen_smooth or component):
-            raise ValueError(
-                "differentiable=True is not for principal components, which turn where eigenvalues meet; take GradCAM"
-            )
-        self.options = {"combine": compute_first_component} if eigen_smooth else {}
-        self.differentiable = differentiable
-        if differentiable:
-            self.graph, self.twice = "whole", True
+        self.reshape, self.aug_smooth, self.differentiable = reshape, aug_smooth, differentiable
+        if eigen_smooth and self.is_component:
+            raise ValueError(f"eigen_smooth must be False for {type(self).__name__}, whose map is a principal component already")
+        if differentiable and (eigen_smooth or self.is_component):
+            raise ValueError("differentiable must be False for components, which swap where eigenvalues meet; use GradCAM")
+        if eigen_smooth:
+            self.formula = partial(self.formula, combine=compute_first_component)
+        self.record = "all" if differentiable else "after" if self.needs_gradient else None
+        self.create_graph = self.create_graph or differentiable
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({type(self.model).__name__}, {', '.join(self.layers or ['last spatial layer'])})"
+        return f"{type(self).__name__}({type(self.model).__name__}, {', '.join(self.layers) or 'last spatial layer'})"
 
-    def for_classes(self, images: Tensor, classes: Sequence[Target], normalize: bool = True) -> Tensor:
-        """The same images for K classes, (N, K, H, W), from one run of the model; (N, K, h, w) raw. classes: K targets."""
-        with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable), eval_mode(self.model):
-            inputs = self._inputs(images)
-            if not len(images):
-                return torch.zeros(0, len(classes), *images.shape[2:], device=images.device)
-            maps = torch.stack(self._maps_for(inputs, list(classes)), 1)
-        self._one_each(maps, images)
-        if normalize:
-            maps = normalize_map(maps.flatten(0, 1).relu(), images.shape[2:]).unflatten(0, maps.shape[:2])
-        return maps.to(images.device)
+    def explain_classes(self, images: Tensor, classes: Sequence[Target], normalize: bool = True) -> Tensor:
+        """Explain the same images for K classes with one forward pass: (N, K, H, W), or (K, H, W) for a single image.
 
-    def _maps(self, inputs: Tensor, target: Target) -> Tensor:
-        return self._maps_for(inputs, [target])[0]
+        classes: K targets. images, normalize, and each target: as in ``__call__``; raw maps are (N, K, h, w).
+        """
+        targets = list(classes)
+        maps = self._run(images, lambda inputs: torch.stack(self._compute_class_maps(inputs, targets), 1), normalize)
+        return maps if len(maps) else maps.new_zeros(0, len(targets), *maps.shape[1:])
 
-    def _maps_for(self, inputs: Tensor, targets: list[Target]) -> list[Tensor]:
-        """One raw map (N, h, w) for each target."""
+    def _compute_maps(self, inputs: Tensor, target: Target) -> Tensor:
+        return self._compute_class_maps(inputs, [target])[0]
+
+    def _compute_class_maps(self, inputs: Tensor, targets: list[Target]) -> list[Tensor]:
+        """Compute a raw map (N, h, w) for each target: smooth over changed inputs, fuse the layers."""
+        layers = self.layers
         if self.target_layer is None:
-            shape = tuple(inputs.shape[1:])
-            if shape not in self._found:
-                self._found[shape] = find_default_layer(self.model, shape[1:], shape[0])
-            self.layers = [self._found[shape]]
+            self.layers = layers = [self._find_default_layer(inputs)]  # a record: other threads overwrite it
         if not self.aug_smooth:
-            return self._fused(inputs, targets)
-        with FeatureTaps(self.model, self.layers, graph=None) as taps:
-            logits = taps(inputs)
+            return [fuse_maps(maps, self.fuse) for maps in self._compute_layer_maps(inputs, targets, layers)]
+        with torch.no_grad():
+            logits = get_logits(self.model(inputs))
         if not isinstance(logits, Tensor) or logits.ndim != 2:
-            raise ValueError("aug_smooth mirrors the images, but not what a target says of places; leave it out for this model")
-        # changed inputs must not be explained for other classes
-        targets = [resolve_classes(logits, None) if target is None else target for target in targets]
-        runs = [self._fused(scale * inputs, targets) for scale in (0.9, 1.0, 1.1)]
-        mirrored = [self._fused(scale * inputs.flip(-1), targets) for scale in (0.9, 1.0, 1.1)]
-        runs += [[maps.flip(-1) for maps in run] for run in mirrored]
+            raise ValueError("aug_smooth must be False for this model: it mirrors the images but not the locations in a target")
+        targets = fix_targets(targets, logits)
+        changed = [scale * x for x in (inputs, inputs.flip(-1)) for scale in (0.9, 1.0, 1.1)]
+        runs = [[fuse_maps(maps, self.fuse) for maps in self._compute_layer_maps(x, targets, layers)] for x in changed]
+        runs[3:] = [[maps.flip(-1) for maps in run] for run in runs[3:]]
         return [torch.stack(maps).mean(0) for maps in zip(*runs, strict=True)]
 
-    def _fused(self, inputs: Tensor, targets: list[Target]) -> list[Tensor]:
-        return [fuse_maps(maps, self.fuse) for maps in self._layer_maps(inputs, targets)]
-
-    def _layer_maps(self, inputs: Tensor, targets: list[Target]) -> list[list[Tensor]]:
-        """For each target one raw map (N, h, w) for each layer."""
-        with FeatureTaps(self.model, self.layers, graph=self.graph, twice=self.twice) as taps:
+    def _compute_layer_maps(self, inputs: Tensor, targets: list[Target], layers: list[str]) -> list[list[Tensor]]:
+        """Compute a raw map (N, h, w) for each target and layer."""
+        with FeatureTaps(self.model, layers, record=self.record, create_graph=self.create_graph) as taps:
             taps(inputs)
-            features = self._arranged(taps, taps.features)
-            formula = partial(type(self).formula, **self.options)
-            return [list(map(formula, features, *self._evidence(taps, target))) for target in targets]
+            A = self._to_maps(taps, taps.features)
+            return [list(map(self.formula, A, *arguments)) for arguments in self._compute_all_arguments(taps, inputs, targets)]
 
-    def _evidence(self, taps: FeatureTaps, target: Target) -> list[list[Tensor]]:
-        """What the formula wants besides the activations: for each of its arguments a tensor for each layer."""
-        return [self._arranged(taps, taps.gradients(target))]
+    def _compute_all_arguments(self, taps: FeatureTaps, inputs: Tensor, targets: list[Target]) -> list[list[Sequence[Tensor]]]:
+        """Compute the formula's arguments besides the activations: for each target and argument one tensor per layer."""
+        return [self._compute_arguments(taps, target) for target in targets]
 
-    def _arranged(self, taps: FeatureTaps, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each layer's tensor as (N, C, h, w), in single precision or better."""
-        arrange = [self.reshape] * len(tensors) if self.reshape else [layout.to_maps for layout in taps.layouts]
-        return [at_least_float32(to_maps(tensor)) for to_maps, tensor in zip(arrange, tensors, strict=True)]
+    def _compute_arguments(self, taps: FeatureTaps, target: Target) -> list[Sequence[Tensor]]:
+        if self.needs_gradient:
+            return [self._to_maps(taps, taps.gradients(target))]
+        if target is not None:
+            compute_scores(taps.logits, target)  # raises for an invalid target
+        return []
+
+    def _to_maps(self, taps: FeatureTaps, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Convert each layer's tensor to (N, C, h, w), in float32 or better."""
+        convert = [self.reshape] * len(tensors) if self.reshape else [layout.to_maps for layout in taps.layouts]
+        return [at_least_float32(to_maps(tensor)) for to_maps, tensor in zip(convert, tensors, strict=True)]
+
+
+def fix_targets(targets: Sequence[Target], logits: Tensor) -> list[Target]:
+    """Replace classes and None by one class per image, so that changed inputs are explained for the same classes."""
+    return [target if is_callable_target(target) else resolve_classes(logits, target) for target in targets]
 
 
 class CAM(CAMExplainer):
-    """CAM (Zhou et al. 2016, Eq. 2): relu(sum_c w_c A_c), w the class's weights in the linear layer behind the pooling.
+    """CAM (Zhou et al. 2016, Eq. 2): relu(sum_c w_c A_c), w the class's weights in the linear layer after the pooling.
 
-    fc_layer: that layer (Linear, or a convolution of 1x1): name, module or index; None finds the one whose sizes fit. Targets are
-    classes. ``CAMExplainer`` tells the other arguments, ``Explainer`` the call.
+    fc_layer: that layer (Linear, or a 1x1 convolution): name, module or index; None searches it by its size. Targets must be
+    classes. Other arguments: see ``CAMExplainer``.
     """
 
-    graph, formula = None, staticmethod(formulas.weighted_sum)
+    formula, needs_gradient = staticmethod(formulas.weighted_sum), False
 
     def __init__(self, model, target_layer=None, preprocess=None, *, fc_layer=None, **options):
         super().__init__(model, target_layer, preprocess, **options)
         self.fc_layer = fc_layer
 
-    def _evidence(self, taps, target):
-        channels = [A.shape[1] for A in self._arranged(taps, taps.features)]
+    def _compute_arguments(self, taps, target):
+        channels = [A.shape[1] for A in self._to_maps(taps, taps.features)]
         if len(set(channels)) != 1:
-            raise ValueError(f"target_layer has layers of {channels} channels; CAM reads the one in front of the pooling")
+            raise ValueError(f"target_layer must be the layer before the pooling, got layers of {channels} channels")
         if is_callable_target(target):
-            raise TypeError("CAM's target must be a class, not a callable: it reads the head's weights; take GradCAM")
+            raise TypeError("target must be a class for CAM, which reads the head's weights, got a callable; use GradCAM")
         classes = resolve_classes(taps.logits, target)
-        weights = self._head(channels[0], taps.logits.shape[1])[classes]
+        weights = self._find_weights(channels[0], taps.logits.shape[1])[classes]
         return [[at_least_float32(weights)] * len(channels)]
 
-    def _head(self, channels: int, classes: int) -> Tensor:
-        heads = dict(self.model.named_modules())
+    def _find_weights(self, channels: int, classes: int) -> Tensor:
+        """Return the weights (classes, channels) of the linear layer after the pooling."""
+        candidates = dict(self.model.named_modules())
         if self.fc_layer is not None:
             try:
-                heads = dict([resolve_layer(self.model, self.fc_layer)])
+                candidates = dict([resolve_layer(self.model, self.fc_layer)])
             except (TypeError, ValueError) as error:
                 raise type(error)(str(error).replace("target_layer", "fc_layer")) from None
-        fits = {
-            name: module.weight
-            for name, module in heads.items()
-            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-            and module.weight.shape[:2] == (classes, channels)
-            and module.weight.numel() == classes * channels
-        }
-        if len(fits) != 1:
-            found = ", ".join(fits) or "none"
-            raise ValueError(
-                f"CAM needs one linear layer from {channels} channels to {classes} classes, found: {found}; "
-                "give fc_layer and the target_layer in front of it, or take GradCAM"
-            )
-        (weight,) = fits.values()
-        return weight.reshape(classes, channels)
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        weights = {name: module.weight for name, module in candidates.items() if isinstance(module, kinds)}
+        found = {name: w for name, w in weights.items() if w.shape == (classes, channels, *[1] * (w.ndim - 2))}
+        if len(found) != 1:
+            needed = f"one linear layer from {channels} channels to {classes} classes, found: {', '.join(found) or 'none'}"
+            raise ValueError(f"fc_layer must be {needed}; give fc_layer and the target_layer before it, or use GradCAM")
+        return found.popitem()[1].reshape(classes, channels)
 
 
 class GradCAM(CAMExplainer):
@@ -196,34 +189,29 @@ class GradCAMPlusPlus(CAMExplainer):
 class SmoothGradCAMPlusPlus(CAMExplainer):
     """SmoothGrad-CAM++ (Omeiza et al. 2019); formula: ``smooth_grad_cam_plus_plus``.
 
-    samples: noisy copies of the images. std: of the noise, in units of the model's input. seed: of the noise.
+    samples: number of noisy copies of the images. std: standard deviation of the noise, in units of the model's input. seed: of
+    the noise. Other arguments: see ``CAMExplainer``.
     """
 
     formula = staticmethod(formulas.smooth_grad_cam_plus_plus)
 
-    def __init__(
-        self, model, target_layer=None, preprocess=None, *, samples: int = 4, std: float = 0.3, seed: int = 0, **options
-    ):
+    def __init__(self, model, target_layer=None, preprocess=None, *, samples=4, std=0.3, seed=0, **options):
         super().__init__(model, target_layer, preprocess, **options)
         if samples < 1:
-            raise ValueError(f"samples {samples} is too few; give 1 or more")
+            raise ValueError(f"samples must be at least 1, got {samples}")
         self.samples, self.std, self.seed = samples, std, seed
 
-    def _layer_maps(self, inputs, targets):
-        with FeatureTaps(self.model, self.layers, graph=self.graph, twice=self.twice) as taps:
-            taps(inputs)
-            features = self._arranged(taps, taps.features)
-            targets = [resolve_classes(taps.logits, None) if target is None else target for target in targets]
-            moments = [[[0.0] * 3 for _ in features] for _ in targets]  # mean g, g^2, g^3 for each target and layer
-            generator = torch.Generator(inputs.device).manual_seed(self.seed)
-            for _ in range(self.samples):
-                noise = torch.randn(inputs.shape, generator=generator, device=inputs.device, dtype=inputs.dtype)
-                taps(inputs + self.std * noise)
-                for target, of_target in zip(targets, moments, strict=True):
-                    for g, of_layer in zip(self._arranged(taps, taps.gradients(target)), of_target, strict=True):
-                        of_layer[:] = [mean + g**power / self.samples for power, mean in enumerate(of_layer, 1)]
-        formula = partial(type(self).formula, **self.options)
-        return [[formula(A, *of_layer) for A, of_layer in zip(features, of_target, strict=True)] for of_target in moments]
+    def _compute_all_arguments(self, taps, inputs, targets):
+        targets = fix_targets(targets, taps.logits)
+        generator = torch.Generator(inputs.device).manual_seed(self.seed)
+        means: list[list[list[Tensor | float]]] = [[[0.0] * 3 for _ in taps.names] for _ in targets]  # of G, G^2, G^3
+        for _ in range(self.samples):
+            noise = torch.randn(inputs.shape, generator=generator, device=inputs.device, dtype=inputs.dtype)
+            taps(inputs + self.std * noise)
+            for target, of_target in zip(targets, means, strict=True):
+                for G, of_layer in zip(self._to_maps(taps, taps.gradients(target)), of_target, strict=True):
+                    of_layer[:] = [mean + G**power / self.samples for power, mean in enumerate(of_layer, 1)]
+        return [list(zip(*of_target, strict=True)) for of_target in means]
 
 
 class XGradCAM(CAMExplainer):
@@ -233,7 +221,7 @@ class XGradCAM(CAMExplainer):
 
 
 class LayerCAM(CAMExplainer):
-    """Layer-CAM (Jiang et al. 2021); formula: ``layer_cam``. Several layers are fused by ``max_of_tanh``."""
+    """Layer-CAM (Jiang et al. 2021); formula: ``layer_cam``. Several layers are fused by ``fuse_by_tanh``."""
 
     formula, fusion = staticmethod(formulas.layer_cam), "tanh"
 
@@ -251,107 +239,88 @@ class GradCAMElementWise(CAMExplainer):
 
 
 class ShapleyCAM(CAMExplainer):
-    """ShapleyCAM (Cai 2025); formula: ``shapley_cam``. The paper explains the score ``targets.rest(class)``."""
+    """ShapleyCAM (Cai 2025); formula: ``shapley_cam``. The paper explains the score ``targets.ReST(class)``."""
 
-    formula, twice = staticmethod(formulas.shapley_cam), True
+    formula, create_graph = staticmethod(formulas.shapley_cam), True
 
     def __init__(self, model, target_layer=None, preprocess=None, **options):
         super().__init__(model, target_layer, preprocess, **options)
         if self.differentiable and any(isinstance(module, nn.LayerNorm) for module in model.modules()):
-            raise ValueError(
-                "differentiable=True is not for ShapleyCAM on models with LayerNorm, whose third derivative torch gets wrong; "
-                "take GradCAM"
-            )
+            raise ValueError("differentiable must be False with LayerNorm, whose third derivative is wrong in torch; use GradCAM")
 
-    def _evidence(self, taps, target):
-        products = []
+    def _compute_arguments(self, taps, target):
         gradients = taps.gradients(target)
-        for features, g in zip(taps.captured, gradients, strict=True):
-            product = None
-            if g.requires_grad:  # else the score is linear in the features
-                with torch.enable_grad():
-                    retain = {"retain_graph": True, "create_graph": self.differentiable}
-                    vector = features if self.differentiable else features.detach()
-                    (product,) = torch.autograd.grad(g, features, vector, allow_unused=True, **retain)
-            products.append(torch.zeros_like(g) if product is None else product)
-        return [self._arranged(taps, gradients), self._arranged(taps, products)]
+        products = [self._multiply_hessian(A, G) for A, G in zip(taps.captured, gradients, strict=True)]
+        return [self._to_maps(taps, gradients), self._to_maps(taps, products)]
+
+    def _multiply_hessian(self, A: Tensor, G: Tensor) -> Tensor:
+        """Compute H A with H = dG / dA."""
+        if not G.requires_grad:  # the score is linear in A
+            return torch.zeros_like(G)
+        vector, again = A if self.differentiable else A.detach(), self.differentiable
+        with torch.enable_grad():
+            return torch.autograd.grad(G, A, vector, retain_graph=True, create_graph=again, materialize_grads=True)[0]
 
 
 class EigenCAM(CAMExplainer):
-    """Eigen-CAM (Muhammad, Yeasin 2020); formula: ``eigen_cam``. The target makes no difference."""
+    """Eigen-CAM (Muhammad, Yeasin 2020); formula: ``eigen_cam``. The map is the same for all classes."""
 
-    graph, formula = None, staticmethod(formulas.eigen_cam)
-
-    def _evidence(self, taps, target):
-        if target is not None:
-            compute_scores(taps.logits, target)  # a wrong one is refused all the same
-        return []
+    formula, is_component, needs_gradient = staticmethod(formulas.eigen_cam), True, False
 
 
 class EigenGradCAM(CAMExplainer):
     """Eigen-Grad-CAM; formula: ``eigen_grad_cam``."""
 
-    formula = staticmethod(formulas.eigen_grad_cam)
+    formula, is_component = staticmethod(formulas.eigen_grad_cam), True
 
 
 class SegEigenCAM(CAMExplainer):
     """Seg-Eigen-CAM (Chung, Ying 2025); formula: ``seg_eigen_cam``."""
 
-    formula = staticmethod(formulas.seg_eigen_cam)
+    formula, is_component = staticmethod(formulas.seg_eigen_cam), True
 
 
 class KPCACAM(CAMExplainer):
-    """KPCA-CAM (Karmani et al. 2024); formula: ``kpca_cam``, with its kernel and gamma. The target makes no difference."""
+    """KPCA-CAM (Karmani et al. 2024); formula: ``kpca_cam``, with its kernel and gamma. The map is the same for all classes."""
 
-    graph, formula = None, staticmethod(formulas.kpca_cam)
-    _evidence = EigenCAM._evidence
+    formula, is_component, needs_gradient = staticmethod(formulas.kpca_cam), True, False
 
-    def __init__(
-        self, model, target_layer=None, preprocess=None, *, kernel: str = "sigmoid", gamma: float | None = None, **options
-    ):
+    def __init__(self, model, target_layer=None, preprocess=None, *, kernel="sigmoid", gamma: float | None = None, **options):
         super().__init__(model, target_layer, preprocess, **options)
-        self.options |= {"kernel": kernel, "gamma": gamma}
+        self.formula = partial(self.formula, kernel=kernel, gamma=gamma)
 
 
 class FEM(CAMExplainer):
-    """FEM (Fuad et al. 2020); formula: ``fem``, with its k. The target makes no difference."""
+    """FEM (Fuad et al. 2020); formula: ``fem``, with its k. The map is the same for all classes."""
 
-    graph, formula = None, staticmethod(formulas.fem)
-    _evidence = EigenCAM._evidence
+    formula, needs_gradient = staticmethod(formulas.fem), False
 
-    def __init__(self, model, target_layer=None, preprocess=None, *, k: float = 2.0, **options):
+    def __init__(self, model, target_layer=None, preprocess=None, *, k=2.0, **options):
         super().__init__(model, target_layer, preprocess, **options)
-        self.options |= {"k": k}
+        self.formula = partial(self.formula, k=k)
 
 
 class FinerCAM(GradCAM):
-    """Finer-CAM (Zhang et al. 2025): Grad-CAM of what sets the class apart from similar ones, ``targets.contrast``.
+    """Finer-CAM (Zhang et al. 2025): Grad-CAM of ``targets.Contrast``, the difference between a class and similar ones.
 
-    references: the classes to compare with, or how many of those with the closest logits. strength: of the comparison. Any other
-    method does the same with ``target=contrast(class)``.
+    references: the classes to compare with, or the number of classes with the closest logits. strength: weight of their scores.
+    Other methods do the same with ``target=Contrast(class)``.
     """
 
     def __init__(
-        self,
-        model,
-        target_layer=None,
-        preprocess=None,
-        *,
-        references: int | Sequence[int] = 3,
-        strength: float = 1.0,
-        **options,
+        self, model, target_layer=None, preprocess=None, *, references: int | Sequence[int] = 3, strength=1.0, **options
     ):
         super().__init__(model, target_layer, preprocess, **options)
         self.references, self.strength = references, strength
 
-    def _evidence(self, taps, target):
+    def _compute_arguments(self, taps, target):
         if is_callable_target(target):
-            raise TypeError("FinerCAM's target must be a class, not a callable: it makes its own; take GradCAM")
+            raise TypeError("target must be a class for FinerCAM, which builds its own Contrast, got a callable; use GradCAM")
         classes = resolve_classes(taps.logits, target).tolist()
-        return super()._evidence(taps, [contrast(c, self.references, self.strength) for c in classes])
+        return super()._compute_arguments(taps, [Contrast(c, self.references, self.strength) for c in classes])
 
 
 class RefineCAM(GradCAMPlusPlus):
-    """RefineCAM (arXiv 2605.14641): the product of several layers' Grad-CAM++ maps. Any method does it with fuse="product"."""
+    """RefineCAM (arXiv 2605.14641): the product of several layers' Grad-CAM++ maps. Other methods: ``fuse="product"``."""
 
     fusion = "product"

@@ -1,12 +1,11 @@
-"""What each class activation map is: a formula on one layer's activations A and the gradient g of the score there.
+"""The formula of each class activation map: from one layer's activations A and the score's gradient G there to a map.
 
     with FeatureTap(model, "layer4") as tap:
         tap(inputs)
-        maps = grad_cam(tap.features, tap.gradient(target))         # (B, C, h, w) twice -> (B, h, w)
+        maps = grad_cam(tap.features, tap.gradient(target))         # (B, C, h, w) each -> (B, h, w)
 
-Formulas take and return any number of axes behind the channels; sums over i, j mean all of them. Most are a sum over channels c
-of what each channel contributes; with ``combine=first_component`` its first principal component stands for the sum ("eigen
-smooth").
+Any number of spatial axes may follow the channels; sums over i, j are over all of them. Most formulas sum a contribution over the
+channels c. With ``combine=compute_first_component`` they use the contributions' first principal component instead of the sum.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,27 +16,28 @@ from torch import Tensor
 
 from scanlib.explainers.base import resize_map, scale_to_unit_range
 
+Reduction = Callable[..., Tensor]
 
-def reduce_locations(x: Tensor, reduce=torch.sum) -> Tensor:
-    """Reduce each channel over its places: (B, C, h, w) -> (B, C, 1, 1)."""
+
+def reduce_locations(x: Tensor, reduce: Reduction = torch.sum) -> Tensor:
+    """Reduce each channel over its locations: (B, C, h, w) -> (B, C, 1, 1)."""
     return reduce(x, tuple(range(2, x.ndim)), keepdim=True)
 
 
 def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, and 0 where the denominator is 0."""
+    """Compute numerator / denominator; 0 where the denominator is 0."""
     return torch.where(denominator == 0, 0, numerator / torch.where(denominator == 0, 1, denominator))
 
 
 def sum_channels(contributions: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h, w)."""
     return contributions.sum(1)
 
 
 def compute_first_component(contributions: Tensor) -> Tensor:
-    """Places as samples, channels as coordinates: each place's score on the first principal component, (B, C, h, w) -> (B, h, w).
+    """Project each location's channels on their first principal component over all locations: (B, C, h, w) -> (B, h, w).
 
-    A component's sign is arbitrary. Here the few places that stand out are positive (its third moment is): an object is smaller
-    than its surroundings. The smaller of the two Gram matrices is enough, so no singular value decomposition is made.
+    The sign of a component is arbitrary. Here its third moment is positive: an object is smaller than its surroundings, so few
+    locations have large values. Uses the smaller of the two Gram matrices instead of a singular value decomposition.
     """
     x = contributions.flatten(2)
     x = x - x.mean(2, keepdim=True)
@@ -46,84 +46,84 @@ def compute_first_component(contributions: Tensor) -> Tensor:
     else:
         vector, value = _top_eigenvector(x.mT @ x)
         component = vector * value.clamp_min(0).sqrt()[:, None]
-    return _signed(component).unflatten(1, contributions.shape[2:])
+    return _fix_sign(component).unflatten(1, contributions.shape[2:])
 
 
 def _top_eigenvector(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Of symmetric (B, n, n): the eigenvector (B, n) of the largest eigenvalue, and that, (B,)."""
+    """Return the eigenvector (B, n) with the largest eigenvalue (B,) of symmetric matrices (B, n, n)."""
     values, vectors = torch.linalg.eigh(matrices.cpu() if matrices.device.type == "mps" else matrices)
     return vectors[..., -1].to(matrices.device), values[..., -1].to(matrices.device)
 
 
-def _signed(component: Tensor) -> Tensor:
-    """A component (B, places) of mean 0, turned so that its third moment is positive."""
+def _fix_sign(component: Tensor) -> Tensor:
+    """Give components (B, locations) of mean 0 the sign with a positive third moment."""
     return component * torch.where((component**3).sum(1, keepdim=True) < 0, -1, 1)
 
 
-def grad_cam(A: Tensor, g: Tensor, combine=sum_channels) -> Tensor:
-    """Grad-CAM (Selvaraju et al. 2017, Eqs. 1-2): relu(sum_c mean_ij(g_c) A_c)."""
-    return combine(reduce_locations(g, torch.mean) * A).relu()
+def grad_cam(A: Tensor, G: Tensor, combine: Reduction = sum_channels) -> Tensor:
+    """Grad-CAM (Selvaraju et al. 2017, Eqs. 1-2): relu(sum_c mean_ij(G_c) A_c)."""
+    return combine(reduce_locations(G, torch.mean) * A).relu()
 
 
-def grad_cam_plus_plus(A: Tensor, g: Tensor, combine=sum_channels) -> Tensor:
-    """Grad-CAM++ (Chattopadhyay et al. 2018, Eqs. 5, 19): weights sum_ij alpha relu(g), alpha = g^2 / (2 g^2 + sum_ij(A) g^3)."""
-    alpha = safe_divide(g**2, 2 * g**2 + reduce_locations(A) * g**3)
-    return combine(reduce_locations(alpha * g.relu()) * A).relu()
+def grad_cam_plus_plus(A: Tensor, G: Tensor, combine: Reduction = sum_channels) -> Tensor:
+    """Grad-CAM++ (Chattopadhyay et al. 2018, Eqs. 5, 19): weights sum_ij alpha relu(G), alpha = G^2 / (2 G^2 + sum_ij(A) G^3)."""
+    return smooth_grad_cam_plus_plus(A, G, G**2, G**3, combine)
 
 
-def smooth_grad_cam_plus_plus(A: Tensor, g1: Tensor, g2: Tensor, g3: Tensor, combine=sum_channels) -> Tensor:
-    """SmoothGrad-CAM++ (Omeiza et al. 2019): Grad-CAM++ with g, g^2, g^3 each averaged over noisy copies of the image."""
-    alpha = safe_divide(g2, 2 * g2 + reduce_locations(A) * g3)
-    return combine(reduce_locations(alpha * g1.relu()) * A).relu()
+def smooth_grad_cam_plus_plus(A: Tensor, G1: Tensor, G2: Tensor, G3: Tensor, combine: Reduction = sum_channels) -> Tensor:
+    """SmoothGrad-CAM++ (Omeiza et al. 2019): Grad-CAM++ with G1, G2, G3, the means of G, G^2, G^3 over noisy images."""
+    alpha = safe_divide(G2, 2 * G2 + reduce_locations(A) * G3)
+    return combine(reduce_locations(alpha * G1.relu()) * A).relu()
 
 
-def x_grad_cam(A: Tensor, g: Tensor, combine=sum_channels) -> Tensor:
-    """XGrad-CAM (Fu et al. 2020, Eq. 8): weights sum_ij(g A) / sum_ij(A)."""
-    return combine(safe_divide(reduce_locations(g * A), reduce_locations(A)) * A).relu()
+def x_grad_cam(A: Tensor, G: Tensor, combine: Reduction = sum_channels) -> Tensor:
+    """XGrad-CAM (Fu et al. 2020, Eq. 8): weights sum_ij(G A) / sum_ij(A)."""
+    return combine(safe_divide(reduce_locations(G * A), reduce_locations(A)) * A).relu()
 
 
-def layer_cam(A: Tensor, g: Tensor, combine=sum_channels) -> Tensor:
-    """Layer-CAM (Jiang et al. 2021, Eqs. 5-6): relu(sum_c relu(g_c) A_c)."""
-    return combine(g.relu() * A).relu()
+def layer_cam(A: Tensor, G: Tensor, combine: Reduction = sum_channels) -> Tensor:
+    """Layer-CAM (Jiang et al. 2021, Eqs. 5-6): relu(sum_c relu(G_c) A_c)."""
+    return combine(G.relu() * A).relu()
 
 
-def hires_cam(A: Tensor, g: Tensor, combine=sum_channels) -> Tensor:
-    """HiResCAM (Draelos, Carin 2020, Eq. 3): relu(sum_c g_c A_c)."""
-    return combine(g * A).relu()
+def hires_cam(A: Tensor, G: Tensor, combine: Reduction = sum_channels) -> Tensor:
+    """HiResCAM (Draelos, Carin 2020, Eq. 3): relu(sum_c G_c A_c)."""
+    return combine(G * A).relu()
 
 
-def grad_cam_elementwise(A: Tensor, g: Tensor, combine=sum_channels) -> Tensor:
-    """Element-wise Grad-CAM: sum_c relu(g_c A_c)."""
-    return combine((g * A).relu())
+def grad_cam_elementwise(A: Tensor, G: Tensor, combine: Reduction = sum_channels) -> Tensor:
+    """Element-wise Grad-CAM: sum_c relu(G_c A_c)."""
+    return combine((G * A).relu())
 
 
-def shapley_cam(A: Tensor, g: Tensor, hessian_times_A: Tensor, combine=sum_channels) -> Tensor:
-    """ShapleyCAM (Cai 2025, arXiv 2501.06261): weights mean_ij(g - H A / 2), H the score's second derivative at the layer."""
-    return grad_cam(A, g - hessian_times_A / 2, combine)
+def shapley_cam(A: Tensor, G: Tensor, hessian_times_A: Tensor, combine: Reduction = sum_channels) -> Tensor:
+    """ShapleyCAM (Cai 2025, arXiv 2501.06261): weights mean_ij(G - H A / 2), H the score's second derivative at the layer."""
+    return grad_cam(A, G - hessian_times_A / 2, combine)
 
 
 def eigen_cam(A: Tensor) -> Tensor:
-    """Eigen-CAM (Muhammad, Yeasin 2020): the first principal component of the activations. Knows no class."""
+    """Eigen-CAM (Muhammad, Yeasin 2020): the first principal component of A. The same for all classes."""
     return compute_first_component(A)
 
 
-def eigen_grad_cam(A: Tensor, g: Tensor) -> Tensor:
-    """Eigen-Grad-CAM: the first principal component of g A."""
-    return compute_first_component(g * A)
+def eigen_grad_cam(A: Tensor, G: Tensor) -> Tensor:
+    """Eigen-Grad-CAM: the first principal component of G A."""
+    return compute_first_component(G * A)
 
 
-def seg_eigen_cam(A: Tensor, g: Tensor) -> Tensor:
-    """Seg-Eigen-CAM (Chung, Ying 2025, Eqs. 10-13): the first principal component of |g| A, turned so that its largest entry in
-    size is positive."""
-    maps = compute_first_component(g.abs() * A)
+def seg_eigen_cam(A: Tensor, G: Tensor) -> Tensor:
+    """Seg-Eigen-CAM (Chung, Ying 2025, Eqs. 10-13): the first principal component of |G| A, with the sign that makes the entry of
+    largest magnitude positive."""
+    maps = compute_first_component(G.abs() * A)
     low, high = maps.flatten(1).aminmax(dim=1)
     return maps * torch.where(-low > high, -1, 1).view(-1, *[1] * (maps.ndim - 1))
 
 
 def kpca_cam(A: Tensor, kernel: str = "sigmoid", gamma: float | None = None) -> Tensor:
-    """KPCA-CAM (Karmani et al. 2024): the first component of kernel PCA over the places.
+    """KPCA-CAM (Karmani et al. 2024): the first component of kernel PCA over the locations. The same for all classes.
 
-    kernel: "sigmoid", tanh(gamma x.y + 1); "rbf", exp(-gamma |x - y|^2); or "linear", which is Eigen-CAM. gamma: None is 1 / C.
+    kernel: "sigmoid", tanh(gamma x.y + 1); "rbf", exp(-gamma |x - y|^2); or "linear", which gives Eigen-CAM. gamma: None means
+    1 / C. Raises ValueError for another kernel.
     """
     x = A.flatten(2).mT
     x = x - x.mean(1, keepdim=True)
@@ -134,51 +134,46 @@ def kpca_cam(A: Tensor, kernel: str = "sigmoid", gamma: float | None = None) -> 
         "rbf": lambda: torch.exp(-gamma * torch.cdist(x, x).square()),
     }
     if kernel not in kernels:
-        raise ValueError(f"kernel {kernel!r} is not known; take one of {', '.join(kernels)}")
+        raise ValueError(f"kernel must be one of {', '.join(kernels)}, got {kernel!r}")
     K = kernels[kernel]()
     K = K - K.mean(1, keepdim=True) - K.mean(2, keepdim=True) + K.mean((1, 2), keepdim=True)  # centred in feature space
     vector, value = _top_eigenvector(K)
-    return _signed(vector * value.clamp_min(0).sqrt()[:, None]).unflatten(1, A.shape[2:])
+    return _fix_sign(vector * value.clamp_min(0).sqrt()[:, None]).unflatten(1, A.shape[2:])
 
 
-def fem(A: Tensor, k: float = 2.0, combine=sum_channels) -> Tensor:
-    """FEM (Fuad et al. 2020): channels weighted by the share of their places above mean + k standard deviations. No class."""
-    rare = reduce_locations(A, torch.mean) + k * reduce_locations(A, partial(torch.std, correction=0))
-    return combine(reduce_locations((rare < A).to(A.dtype), torch.mean) * A).relu()
+def fem(A: Tensor, k: float = 2.0, combine: Reduction = sum_channels) -> Tensor:
+    """FEM (Fuad et al. 2020): w_c is the share of locations with A_c > mean + k standard deviations. The same for all classes."""
+    threshold = reduce_locations(A, torch.mean) + k * reduce_locations(A, partial(torch.std, correction=0))
+    return combine(reduce_locations((threshold < A).to(A.dtype), torch.mean) * A).relu()
 
 
-def weighted_sum(A: Tensor, weights: Tensor, combine=sum_channels) -> Tensor:
-    """relu(sum_c w_c A_c), the weights (B, C) from elsewhere: CAM (Zhou et al. 2016), Score-CAM, Ablation-CAM."""
+def weighted_sum(A: Tensor, weights: Tensor, combine: Reduction = sum_channels) -> Tensor:
+    """CAM (Zhou et al. 2016), Score-CAM, Ablation-CAM: relu(sum_c w_c A_c) with given weights (B, C)."""
     return combine(weights.view(*weights.shape, *[1] * (A.ndim - 2)) * A).relu()
 
 
 def fuse_maps(maps: Sequence[Tensor], fuse: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
-    """Each layer's map (N, h, w), resized to the finest -> one; a single one stays as it is."""
+    """Resize the maps (N, h, w) of several layers to the largest and fuse them; a single map is returned unchanged."""
     if len(maps) == 1:
         return maps[0]
-    finest = max((layer.shape[1:] for layer in maps), key=lambda grid: grid.numel())
-    return fuse([resize_map(layer, finest) for layer in maps])
+    largest = max((layer.shape[1:] for layer in maps), key=lambda grid: grid.numel())
+    return fuse([resize_map(layer, largest) for layer in maps])
 
 
-def fuse_by_mean(maps: Sequence[Tensor]) -> Tensor:
-    """Each layer's map stretched to [0, 1], then their mean."""
-    return torch.stack([scale_to_unit_range(layer.relu()) for layer in maps]).mean(0)
-
-
-def fuse_by_max(maps: Sequence[Tensor]) -> Tensor:
-    """Each layer's map stretched to [0, 1], then their maximum."""
-    return torch.stack([scale_to_unit_range(layer.relu()) for layer in maps]).amax(0)
-
-
-def fuse_by_product(maps: Sequence[Tensor]) -> Tensor:
-    """Each layer's map stretched to [0, 1], then their product: what all layers agree on."""
-    return torch.stack([scale_to_unit_range(layer.relu()) for layer in maps]).prod(0)
+def stack_normalized(maps: Sequence[Tensor]) -> Tensor:
+    """Scale the positive part of each layer's map to [0, 1] and stack them: (layers, N, h, w)."""
+    return torch.stack([scale_to_unit_range(layer.relu()) for layer in maps])
 
 
 def fuse_by_tanh(maps: Sequence[Tensor]) -> Tensor:
-    """Layer-CAM's fusion (Jiang et al. 2021, Eqs. 7-8): tanh(2 M / max M), then the maximum."""
+    """Layer-CAM's fusion (Jiang et al. 2021, Eqs. 7-8): tanh(2 M / max M) of each layer's map M, then the maximum."""
     peaks = [M.amax(tuple(range(1, M.ndim)), keepdim=True).clamp_min(1e-12) for M in maps]
     return torch.stack([(2 * M / peak).tanh() for M, peak in zip(maps, peaks, strict=True)]).amax(0)
 
 
-FUSIONS = {"mean": fuse_by_mean, "max": fuse_by_max, "product": fuse_by_product, "tanh": fuse_by_tanh}
+FUSIONS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
+    "mean": lambda maps: stack_normalized(maps).mean(0),
+    "max": lambda maps: stack_normalized(maps).amax(0),
+    "product": lambda maps: stack_normalized(maps).prod(0),
+    "tanh": fuse_by_tanh,
+}

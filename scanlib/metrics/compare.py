@@ -1,25 +1,28 @@
-"""Every explainer beside every other and both baselines: one call, one table, with what chance alone would give.
+"""Compare explainers with each other and with both baselines: one call computes all metrics of all maps.
 
-table = compare(model, images, {"Grad-CAM": GradCAM(model, preprocess=p), "SCAN": scanner}, masks=masks, preprocess=p)
+explainers = {"Grad-CAM": GradCAM(model, preprocess=preprocess), "SCAN": scanner.as_explainer()}
+table = compare(model, images, explainers, masks=masks, preprocess=preprocess)
 table                                                   # a notebook shows it; table.to_markdown(), table.to_csv(path)
-table.win("deletion")                                   # paired: on what share of the pictures is each better than each?
+table.win("deletion")                                   # on which share of the images is each better than each other?
 """
 
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scanlib.explainers.base import choose_batch_size, prepare_inputs, validate_maps
+from scanlib.explainers.base import at_least_float32, choose_batch_size, prepare_inputs, validate_maps
 from scanlib.layers import eval_mode, get_logits
 from scanlib.metrics.baselines import make_centre_maps, make_random_maps
 from scanlib.metrics.localisation import compute_energy_inside, compute_iou, compute_peak_inside, validate_masks
-from scanlib.metrics.quality import compute_arcc, compute_coherency, compute_complexity
+from scanlib.metrics.quality import ExplainerFunction, compute_arcc, compute_coherency, compute_complexity, run_explainer
 from scanlib.metrics.removal import (
+    Fill,
     ScoreFunction,
     build_class_score,
     compute_auc,
@@ -29,225 +32,203 @@ from scanlib.metrics.removal import (
     fill_mean,
     rank_locations,
     score_dimmed_images,
-    to_floating,
 )
 from scanlib.metrics.road import PERCENTILES, compute_road
 from scanlib.metrics.stability import compute_infidelity, compute_max_sensitivity
 from scanlib.metrics.table import Comparison
-from scanlib.targets import is_callable_target, resolve_classes
+from scanlib.targets import Target, is_callable_target, resolve_classes
 
 
 @dataclass
 class MetricInputs:
-    """What a metric of ``compare`` gets: an explainer's maps (N, H, W), and what judging them takes. Curves are computed once."""
+    """Inputs of a metric: an explainer, its maps (N, H, W) and the arguments of ``compare``. Shared results are computed once."""
 
-    explainer: Callable
+    explainer: ExplainerFunction
     score: ScoreFunction
     images: Tensor
     maps: Tensor
-    masks: Tensor | None
+    masks: Any  # Tensor (N, H, W), or None if no metric needs them
     classes: Tensor
-    patch: int = 1
-    fill: Callable = fill_mean
-    steps: int = 10
-    percentiles: Sequence[float] = PERCENTILES
-    batch_size: int | None = None
-    seed: int = 0
+    fill: Fill
+    steps: int
+    percentiles: Sequence[float]
+    options: dict[str, Any]  # patch, batch_size and seed
+    curves: dict[str, Tensor] = field(default_factory=dict)  # those that a metric has used, (N, K) each
 
     @cached_property
-    def removal(self) -> tuple[Tensor, Tensor]:
-        options = {"patch": self.patch, "batch_size": self.batch_size, "seed": self.seed}
-        return compute_removal_curves(self.score, self.images, self.maps, steps=self.steps, fill=self.fill, **options)
+    def removal_curves(self) -> tuple[Tensor, Tensor]:
+        curves = compute_removal_curves(self.score, self.images, self.maps, steps=self.steps, fill=self.fill, **self.options)
+        self.curves["deletion"], self.curves["insertion"] = curves
+        return curves
 
     @cached_property
-    def road(self) -> tuple[Tensor, Tensor]:
-        options = {"patch": self.patch, "batch_size": self.batch_size, "seed": self.seed}
-        return compute_road(self.score, self.images, self.maps, self.percentiles, **options)
+    def road_curves(self) -> tuple[Tensor, Tensor]:
+        curves = compute_road(self.score, self.images, self.maps, self.percentiles, **self.options)
+        self.curves["ROAD MoRF"], self.curves["ROAD LeRF"] = curves
+        return curves
 
     @cached_property
-    def dimmed(self) -> tuple[Tensor, Tensor]:
-        return score_dimmed_images(self.score, self.images, self.maps, batch_size=self.batch_size)
+    def dimmed_scores(self) -> tuple[Tensor, Tensor]:
+        return score_dimmed_images(self.score, self.images, self.maps, batch_size=self.options["batch_size"])
 
     @cached_property
     def coherency(self) -> Tensor:
-        parts = torch.arange(len(self.images)).split(choose_batch_size(self.images, self.batch_size))
-        return torch.cat([compute_coherency(self.explainer, self.images[i], self.maps[i], self.classes[i]) for i in parts])
+        batches = zip(*(x.split(self.options["batch_size"]) for x in (self.images, self.maps, self.classes)), strict=True)
+        return torch.cat([compute_coherency(self.explainer, *batch) for batch in batches])
 
-    @cached_property
-    def infidelity(self) -> Tensor:
-        options = {"patch": self.patch, "fill": self.fill, "batch_size": self.batch_size, "seed": self.seed}
-        return compute_infidelity(self.score, self.images, self.maps, **options)
+    def compute_infidelity(self) -> Tensor:
+        return compute_infidelity(self.score, self.images, self.maps, fill=self.fill, **self.options)
 
-    @cached_property
-    def sensitivity(self) -> Tensor:
-        return compute_max_sensitivity(self.explainer, self.images, self.classes, batch_size=self.batch_size, seed=self.seed)
+    def compute_max_sensitivity(self) -> Tensor:
+        options = {name: self.options[name] for name in ("batch_size", "seed")}
+        return compute_max_sensitivity(self.explainer, self.images, self.classes, **options)
 
 
-# name: (which way is better, 1 or -1; the figure of each picture)
-METRICS: dict[str, tuple[int, Callable[[MetricInputs], Tensor]]] = {
-    "energy": (1, lambda case: compute_energy_inside(case.maps, case.masks)),
-    "peak": (1, lambda case: compute_peak_inside(case.maps, case.masks)),
-    "IoU": (1, lambda case: compute_iou(case.maps, case.masks, case.seed)),
-    "deletion": (-1, lambda case: compute_auc(case.removal[0])),
-    "insertion": (1, lambda case: compute_auc(case.removal[1])),
-    "ROAD MoRF": (-1, lambda case: case.road[0].mean(1)),
-    "ROAD LeRF": (1, lambda case: case.road[1].mean(1)),
-    "ROAD": (1, lambda case: (case.road[1] - case.road[0]).mean(1) / 2),
-    "drop %": (-1, lambda case: compute_drop(*case.dimmed)),
-    "increase %": (1, lambda case: compute_increase(*case.dimmed)),
-    "complexity": (-1, lambda case: compute_complexity(case.maps)),
-    "coherency": (1, lambda case: case.coherency),
-    "ARCC": (1, lambda case: compute_arcc(compute_complexity(case.maps), case.coherency, METRICS["ROAD"][1](case))),
-    "infidelity": (-1, lambda case: case.infidelity),
-    "sensitivity": (-1, lambda case: case.sensitivity),
+# name: (1 if high is good or -1 if low is, function from the inputs to one value per image (N,))
+Metrics = Mapping[str, tuple[int, Callable[[MetricInputs], Tensor]]]
+METRICS: Metrics = {
+    "energy": (1, lambda inputs: compute_energy_inside(inputs.maps, inputs.masks)),
+    "peak": (1, lambda inputs: compute_peak_inside(inputs.maps, inputs.masks)),
+    "IoU": (1, lambda inputs: compute_iou(inputs.maps, inputs.masks, inputs.options["seed"])),
+    "deletion": (-1, lambda inputs: compute_auc(inputs.removal_curves[0])),
+    "insertion": (1, lambda inputs: compute_auc(inputs.removal_curves[1])),
+    "ROAD MoRF": (-1, lambda inputs: inputs.road_curves[0].mean(1)),
+    "ROAD LeRF": (1, lambda inputs: inputs.road_curves[1].mean(1)),
+    "ROAD": (1, lambda inputs: (inputs.road_curves[1] - inputs.road_curves[0]).mean(1) / 2),
+    "drop %": (-1, lambda inputs: compute_drop(*inputs.dimmed_scores)),
+    "increase %": (1, lambda inputs: compute_increase(*inputs.dimmed_scores)),
+    "complexity": (-1, lambda inputs: compute_complexity(inputs.maps)),
+    "coherency": (1, lambda inputs: inputs.coherency),
+    "ARCC": (1, lambda inputs: compute_arcc(compute_complexity(inputs.maps), inputs.coherency, METRICS["ROAD"][1](inputs))),
+    "infidelity": (-1, MetricInputs.compute_infidelity),
+    "sensitivity": (-1, MetricInputs.compute_max_sensitivity),
 }
 METRICS_WITH_MASKS = ("energy", "peak", "IoU")
 DEFAULT_METRICS = ("energy", "peak", "IoU", "deletion", "insertion", "ROAD", "drop %", "increase %")
-BASELINES = ("random", "centre prior")
 
 
 def compare(
     model: nn.Module,
     images: Tensor,
-    explainers: Mapping[str, Callable],
-    metrics: Sequence[str] | Mapping[str, tuple[int, Callable[[MetricInputs], Tensor]]] | None = None,
+    explainers: Mapping[str, ExplainerFunction],
+    metrics: Sequence[str] | Metrics | None = None,
     *,
     masks: Tensor | None = None,
     preprocess: Callable[[Tensor], Tensor] | None = None,
-    target=None,
+    target: Target = None,
     patch: int = 1,
-    fill: Callable = fill_mean,
+    fill: Fill = fill_mean,
     steps: int = 10,
     percentiles: Sequence[float] = PERCENTILES,
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
-    """Explain the pictures with every explainer, judge every map by every metric, the random map's and the centre prior's too.
+    """Compute the metrics of every explainer's maps, and of a random map and a centre prior.
 
     Args:
-        images: (N, 3, H, W) in [0, 255].
-        masks: (N, H, W) bool, for energy, peak and IoU; ``box_masks`` makes them of boxes.
-        explainers: names -> ``explainer(images, target)``; a SCAN is taken by its ``explain``.
-        metrics: names out of ``METRICS``, or a dictionary like it with figures of your own; None takes the usual ones.
-        target: the class explained, one or one per image; None takes the predicted one, the same for all explainers.
-        patch, fill, steps: as in ``compute_removal_curves``, for deletion, insertion and infidelity; drop and increase fade to black, as
-            published. percentiles: as in ``road``. batch_size: pictures a run; None takes what is quick on the model's device.
+        images: (N, 3, H, W) in [0, 255]. preprocess: function from images to the model's input.
+        explainers: name -> callable (images, target) -> maps (N, H, W) in [0, 1]; for a SCAN ``scanner.as_explainer()``.
+        metrics: names from ``METRICS``, or a dictionary like it with your own metrics; None uses ``DEFAULT_METRICS``.
+        masks: (N, H, W) bool, for energy, peak and IoU; ``make_box_masks`` makes them from boxes.
+        target: a class or one per image; None is the predicted class. percentiles: see ``compute_road``.
+        patch, fill, steps, batch_size: see ``compute_removal_curves``; ROAD has its own fill, drop and increase dim to black.
 
-    Every map meets the same pictures, classes, units, fillings, noise and ties; figures are per picture, so that explainers
-    compare pair by pair. The time is of one pass over the pictures in batches, the first batch explained once before to warm up.
+    All explainers get the same images, classes, patches, noise and order of ties, so that they can be compared image by image.
+    The time is that of one pass over the images in batches, after one batch to warm up. Raises ValueError for wrong arguments
+    and for maps outside [0, 1], TypeError for an explainer that does not return maps.
     """
-    metrics, size, images = _known(metrics, masks), tuple(images.shape[2:]), to_floating(images)
-    clash = [name for name in BASELINES if name in explainers]
-    if clash:
-        raise ValueError(f"explainers are called {clash}, as the baselines that are always in; take other names")
-    if not len(images):
-        raise ValueError("images are empty; give one or more")
-    if masks is not None and validate_masks(masks).shape != (len(images), *size):
-        raise ValueError(f"masks have shape {tuple(masks.shape)}; for these images it must be {(len(images), *size)}")
-    rank_locations(torch.zeros(1, *size), patch)  # refuses a patch before anything is explained
-    preprocess = preprocess or (lambda pictures: pictures)
-    batch_size = choose_batch_size(images, batch_size, model)
-    parts = torch.arange(len(images)).split(batch_size)
-    draws = itertools.count(seed)  # a random explainer never says the same twice; the centre prior always does
-    baselines = {
-        "random": lambda pictures, _: make_random_maps(len(pictures), size, next(draws)).to(pictures.device),
-        "centre prior": lambda pictures, _: make_centre_maps(len(pictures), size).to(pictures.device),
+    from tqdm.auto import tqdm
+
+    metrics, size, images = _select_metrics(metrics, masks), (images.shape[2], images.shape[3]), at_least_float32(images)
+    seeds = itertools.count(seed)  # the random map differs from call to call, the centre prior does not
+    baselines: dict[str, ExplainerFunction] = {
+        "random": lambda images, target: make_random_maps(len(images), size, next(seeds)).to(images.device),
+        "centre prior": lambda images, target: make_centre_maps(len(images), size).to(images.device),
     }
+    if reserved := [name for name in baselines if name in explainers]:
+        raise ValueError(f"explainers must not use the names of the baselines, which are always included, got {reserved}")
+    if not len(images):
+        raise ValueError(f"images must not be empty, got shape {tuple(images.shape)}")
+    if masks is not None and validate_masks(masks).shape != (len(images), *size):
+        raise ValueError(f"masks must have shape {(len(images), *size)} for these images, got {tuple(masks.shape)}")
+    if is_callable_target(target):
+        raise ValueError("target must be a class or one per image, got a callable; compare explains classes only")
+    rank_locations(torch.zeros(1, *size), patch)  # raises for a wrong patch before anything is explained
+    preprocess = preprocess or (lambda images: images)
+    batch_size = choose_batch_size(images, batch_size, model)
+    options = {"patch": patch, "batch_size": batch_size, "seed": seed}
     found = Comparison({}, {name: way for name, (way, _) in metrics.items()}, {}, {}, seed=seed)
-    whose = "predicted class" if target is None else "class given"
-    removed = f"patches of {patch} px in {steps} steps, fill {getattr(fill, '__name__', 'of your own').removeprefix('fill_')}"
-    spread = f"seed {seed}, {time.strftime('%Y-%m-%d')}; ± is half the bootstrap 95 % interval over the pictures"
     kept = f"ROAD keeps {', '.join(f'{p:g}' for p in percentiles)} %; " if any("ROAD" in name for name in metrics) else ""
-    found.note = f"{len(images)} pictures, {whose}; removed: {removed}; {kept}{spread}."
+    found.note = (
+        f"{len(images)} images, {'predicted' if target is None else 'given'} class; removed: patches of {patch} px in {steps} "
+        f"steps, fill {getattr(fill, '__name__', 'your own').removeprefix('fill_')}; {kept}seed {seed}, "
+        f"{time.strftime('%Y-%m-%d')}; ± is half the bootstrap 95 % interval over the images."
+    )
     with eval_mode(model):
-        classes = _classes(model, preprocess, images, target, parts)
+        with torch.no_grad():
+            logits = torch.cat([get_logits(model(prepare_inputs(model, preprocess, x))) for x in images.split(batch_size)])
+        classes = resolve_classes(logits, target).to(images.device)
         score = build_class_score(model, preprocess, classes)
-        for name in _progress([*explainers, *baselines], progress):
+        for name, explainer in tqdm([*explainers.items(), *baselines.items()], "compare", leave=False, disable=not progress):
             if name in baselines:
-                explain = baselines[name]
-                maps = explain(images, classes)
+                maps = explainer(images, classes)
             else:
-                explain = getattr(explainers[name], "explain", explainers[name])
-                maps, found.milliseconds[name] = _explained(name, explain, images, classes, parts)
-            case = MetricInputs(explain, score, images, maps, masks, classes, patch, fill, steps, percentiles, batch_size, seed)
-            found.values[name] = {metric: figure(case).detach().cpu() for metric, (_, figure) in metrics.items()}
+                maps, found.milliseconds[name] = _explain(name, explainer, images, classes, batch_size)
+            inputs = MetricInputs(explainer, score, images, maps, masks, classes, fill, steps, percentiles, options)
+            found.values[name] = {metric: measure(inputs).detach().cpu() for metric, (_, measure) in metrics.items()}
+            found.curves[name] = {curve: value.cpu() for curve, value in inputs.curves.items()}
             found.maps[name] = maps.cpu()
-            found.curves[name] = {
-                curve: value.cpu()
-                for attribute, names in (("removal", ("deletion", "insertion")), ("road", ("ROAD MoRF", "ROAD LeRF")))
-                if attribute in vars(case)
-                for curve, value in zip(names, vars(case)[attribute], strict=True)
-            }
     return found
 
 
-def _known(metrics, masks: Tensor | None) -> Mapping[str, tuple[int, Callable[[MetricInputs], Tensor]]]:
-    """The metrics by name, as far as there is what they need."""
+def _select_metrics(metrics: Sequence[str] | Metrics | None, masks: Tensor | None) -> Metrics:
+    """Return the metrics with these names. Raises ValueError for an unknown name, or if masks are missing."""
     if metrics is None:
         metrics = [name for name in DEFAULT_METRICS if masks is not None or name not in METRICS_WITH_MASKS]
     if not isinstance(metrics, Mapping):
-        unknown = [name for name in metrics if name not in METRICS]
-        if unknown:
-            raise ValueError(f"metrics {unknown} are not known; there are {', '.join(METRICS)}")
+        if unknown := [name for name in metrics if name not in METRICS]:
+            raise ValueError(f"metrics must be among {', '.join(METRICS)}, got {unknown}")
         metrics = {name: METRICS[name] for name in metrics}
-    lacking = [name for name in metrics if name in METRICS_WITH_MASKS and masks is None]
-    if lacking:
-        raise ValueError(f"metrics {lacking} need masks; give masks=(N, H, W) bool, or leave them out")
+    if masks is None and (lacking := [name for name in metrics if name in METRICS_WITH_MASKS]):
+        raise ValueError(f"masks must be (N, H, W) bool for the metrics {lacking}, got None; pass masks or leave these out")
     return metrics
 
 
-@torch.no_grad()
-def _classes(model: nn.Module, preprocess: Callable, images: Tensor, target, parts) -> Tensor:
-    """(N,) int64 on the images' device."""
-    if is_callable_target(target):
-        raise ValueError("target is callable; compare explains classes: give one, or one per image")
-    logits = torch.cat([get_logits(model(prepare_inputs(model, preprocess, images[i]))) for i in parts])
-    return resolve_classes(logits, target).to(images.device)
-
-
-def _explained(name: str, explain: Callable, images: Tensor, classes: Tensor, parts) -> tuple[Tensor, float]:
-    """Maps in [0, 1] at the images' size, and the milliseconds that each took."""
-    explain(images[parts[0]], classes[parts[0]])
-    began = _now()
-    maps = torch.cat([explain(images[i], classes[i]).detach() for i in parts])
-    milliseconds = 1000 * (_now() - began) / len(images)
+def _explain(name: str, explainer: ExplainerFunction, images: Tensor, classes: Tensor, batch_size: int) -> tuple[Tensor, float]:
+    """Return maps in [0, 1] at the images' size, and the milliseconds per image. Error messages start with the name."""
+    batches = list(zip(images.split(batch_size), classes.split(batch_size), strict=True))
+    run_explainer(explainer, *batches[0])
+    start = _read_clock()
+    maps = torch.cat([run_explainer(explainer, *batch) for batch in batches])
+    milliseconds = 1000 * (_read_clock() - start) / len(images)
     try:
         maps = validate_maps(maps, len(images), images.shape[2:]).to(images.device)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     low, high = float(maps.min()), float(maps.max())
     if low < -1e-3 or high > 1 + 1e-3:
-        raise ValueError(f"{name}: maps run from {low:.2g} to {high:.2g}; bring them to [0, 1], as scanlib.maps.stretched does")
+        raise ValueError(f"{name}: maps must be in [0, 1], got {low:.2g} to {high:.2g}; scale them, see normalize_map")
     return maps, milliseconds
 
 
-def _now() -> float:
-    """The time, once what was asked of an accelerator is done."""
-    for device in (torch.cuda, torch.mps):
-        if (device is torch.cuda and torch.cuda.is_available()) or (device is torch.mps and torch.backends.mps.is_available()):
-            device.synchronize()
+def _read_clock() -> float:
+    """Return the time in seconds, after pending work on an accelerator is finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    if torch.backends.mps.is_available():
+        torch.mps.synchronize()
     return time.perf_counter()
 
 
-def _progress(names: Sequence[str], wanted: bool):
-    if not wanted:
-        return names
-    from tqdm.auto import tqdm
+def evaluate_maps(
+    maps: Tensor, masks: Tensor, images: Tensor, score: ScoreFunction, *, steps: int = 10, patch: int = 1, fill: Fill = fill_mean
+) -> dict[str, float]:
+    """Return the means over the images of five metrics: energy, peak, IoU, deletion and insertion.
 
-    return tqdm(names, desc="compare", leave=False)
-
-
-def evaluate_maps(maps: Tensor, masks: Tensor, images: Tensor, score: ScoreFunction, **options) -> dict[str, float]:
-    """The five figures of a short table, each a mean over the pictures: energy inside, peak inside, IoU, deletion, insertion.
-
-    score and options are removal_curves'.
+    maps: (N, H, W). masks: (N, H, W) bool. For the other arguments see ``compute_removal_curves``.
     """
-    deletion, insertion = compute_removal_curves(score, images, maps, **options)
-    figures = {
-        "energy": compute_energy_inside(maps, masks),
-        "peak": compute_peak_inside(maps, masks),
-        "IoU": compute_iou(maps, masks),
-    }
-    figures |= {"deletion": compute_auc(deletion), "insertion": compute_auc(insertion)}
-    return {name: float(values.float().mean()) for name, values in figures.items()}
+    curves = compute_removal_curves(score, images, maps, steps=steps, patch=patch, fill=fill)
+    inside = (compute_energy_inside(maps, masks), compute_peak_inside(maps, masks), compute_iou(maps, masks))
+    names = ("energy", "peak", "IoU", "deletion", "insertion")
+    return {name: float(value.float().mean()) for name, value in zip(names, (*inside, *map(compute_auc, curves)), strict=True)}

@@ -1,7 +1,8 @@
-"""Does the score follow the map? Take away what the map ranks highest, and watch.
+"""Removal metrics: does the score fall where the map is high? Remove what the map ranks highest and measure the score.
 
-deletion, insertion = compute_removal_curves(score, images, maps, patch=8, fill=blurred)    # (N, steps + 1) each
-compute_auc(deletion), compute_auc(insertion), compute_auc(insertion.flip(1))               # (N,): AUC-D, insertion, negative AUC
+    score = build_class_score(model, preprocess, classes)
+    deletion, insertion = compute_removal_curves(score, images, maps, patch=8, fill=fill_blur)  # (N, steps + 1) each
+    compute_auc(deletion), compute_auc(insertion), compute_auc(insertion.flip(1))   # (N,): deletion, insertion, negative AUC
 
 Petsiuk et al., "RISE: Randomized Input Sampling for Explanation of Black-box Models", BMVC 2018.
 """
@@ -13,98 +14,90 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scanlib.explainers.base import choose_batch_size, prepare_inputs, validate_maps
+from scanlib.explainers.base import at_least_float32, choose_batch_size, prepare_inputs, validate_maps
 from scanlib.layers import eval_mode, get_logits
 from scanlib.metrics.localisation import rank_pixels
 
-ScoreFunction = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, H, W) in [0, 255] and their indices (B,) -> (B,)
+# images (B, 3, H, W) in [0, 255] and their indices (B,) -> scores (B,)
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]
+# images (N, 3, H, W) -> what replaces removed pixels: images (N, 3, H, W), or a function from indices (B,) and removed locations
+# (B, H, W) bool to the images (B, 3, H, W) without them
+Fill = Callable[[Tensor], Tensor | Callable[[Tensor, Tensor], Tensor]]
 
 
 def build_class_score(model: nn.Module, preprocess: Callable[[Tensor], Tensor], classes: Tensor) -> ScoreFunction:
-    """The probability of each picture's class, ``classes`` (N,) int64: the ``score`` that every metric takes.
+    """Return a score function for the metrics: the probability of each image's class, ``classes`` (N,) int64.
 
-    The softmax of what the model, in eval mode, returns. A model that returns probabilities already, none negative and every row
-    adding up to one, is taken at its word, and a warning says so. Raises ValueError for a model with a single output.
+    The probability is the softmax of the model's output in eval mode. If the rows of the first output are probabilities already
+    (no negative entry, sum 1), no softmax is applied, with a warning. The score raises ValueError for a single output.
     """
-    classes, certain = torch.as_tensor(classes), None
+    classes, has_probabilities = torch.as_tensor(classes), None
 
-    def score(images: Tensor, index: Tensor) -> Tensor:
-        nonlocal certain
+    def score(images: Tensor, indices: Tensor) -> Tensor:
+        nonlocal has_probabilities
         with eval_mode(model):
             output = get_logits(model(prepare_inputs(model, preprocess, images))).float()
         if output.shape[1] < 2:
-            raise ValueError("the model has a single output, whose softmax is always 1; write a score(images, index) of your own")
-        if certain is None:
-            certain = are_probabilities(output)
-            if certain:
-                warnings.warn("the model returns probabilities: no softmax is taken of them", stacklevel=2)
-        chosen = classes[index.to(classes.device)][:, None].to(output.device)
-        return (output if certain else output.softmax(1)).gather(1, chosen)[:, 0]
+            raise ValueError("model must return logits (B, K >= 2), got a single output; pass your own score(images, indices)")
+        if has_probabilities is None:
+            has_probabilities = are_probabilities(output)
+            if has_probabilities:
+                warnings.warn("the model returns probabilities, so no softmax is applied", stacklevel=2)
+        chosen = classes[indices.to(classes.device)][:, None].to(output.device)
+        return (output if has_probabilities else output.softmax(1)).gather(1, chosen)[:, 0]
 
     return score
 
 
 def are_probabilities(outputs: Tensor) -> bool:
-    """Is nothing in (N, K) negative, and does every row add up to one?"""
+    """Return whether no entry of (N, K) is negative and every row sums to 1."""
     return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-2).all())
 
 
-def to_floating(images: Tensor) -> Tensor:
-    """Images of any dtype as floating ones."""
-    return images if images.is_floating_point() else images.float()
-
-
 def fill_mean(images: Tensor) -> Tensor:
-    """Each picture's mean colour, everywhere: (N, 3, H, W)."""
+    """Fill with the mean colour of each image, (N, 3, H, W)."""
     return images.mean((2, 3), keepdim=True).expand_as(images)
 
 
 def fill_black(images: Tensor) -> Tensor:
-    """Zero everywhere: (N, 3, H, W)."""
+    """Fill with zeros, (N, 3, H, W)."""
     return torch.zeros_like(images)
 
 
 def fill_blur(images: Tensor, share: float = 0.25) -> Tensor:
-    """Each picture with everything finer than ``share`` of its side gone: reduced by averaging, then resized."""
-    height, width = images.shape[-2:]
+    """Fill with blurred images (N, 3, H, W): details below ``share`` of the side are removed by averaging and resizing."""
     small = F.interpolate(images, size=(max(1, round(2 / share)),) * 2, mode="area")
-    return F.interpolate(small, size=(height, width), mode="bicubic", align_corners=False).clamp(0, 255)
+    return F.interpolate(small, size=images.shape[-2:], mode="bicubic", align_corners=False).clamp(0, 255)
 
 
 def rank_locations(maps: Tensor, patch: int = 1, seed: int = 0) -> tuple[Tensor, int]:
-    """Each pixel's place in its map's order, 0 the highest, (N, H, W) int32, and how many places there are.
+    """Rank the locations of maps (N, H, W); return each pixel's rank, (N, H, W) int32, 0 the highest, and the number of ranks.
 
-    With ``patch`` > 1 the pixels of a square share a place, found by their mean; squares are cut at the right and lower edge
-    where the side is no multiple. Ties in a seeded random order.
+    With ``patch`` > 1 the pixels of a square share a rank, by their mean; squares are cut at the right and lower edge if
+    necessary. Ties are in a seeded random order. Raises ValueError for a patch larger than the map.
     """
-    count, height, width = maps.shape
+    height, width = maps.shape[1:]
     if not 1 <= patch <= min(height, width):
-        raise ValueError(
-            f"patch {patch} does not fit a picture of {height} x {width}; give a side in pixels from 1 to {min(height, width)}"
-        )
+        raise ValueError(f"patch must be from 1 to {min(height, width)} pixels for images of {height} x {width}, got {patch}")
     coarse = F.avg_pool2d(maps[:, None], patch, ceil_mode=True)[:, 0]
-    total = coarse.shape[1] * coarse.shape[2]
-    place = torch.empty(count, total, dtype=torch.long, device=maps.device)
-    place.scatter_(1, rank_pixels(coarse, seed), torch.arange(total, device=maps.device).expand(count, -1))
-    place = place.int().view(coarse.shape).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-    return place[:, :height, :width], total
+    ranks = rank_pixels(coarse, seed).argsort(1).int().view(coarse.shape)  # a permutation's argsort is its inverse
+    return ranks.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, :height, :width], coarse.shape[1:].numel()
 
 
 @torch.no_grad()
 def score_removals(
-    score: ScoreFunction, images: Tensor, removed: Callable, fill: Callable, steps: int, batch_size: int | None
+    score: ScoreFunction, images: Tensor, select_removed: Callable, fill: Fill, steps: int, batch_size: int | None
 ) -> Tensor:
-    """(N, steps): the score of each picture at each step, in batches that mix both.
+    """Return the score of each image after each step, (N, steps), from batches that mix images and steps.
 
-    removed: indices and steps, (B,) each -> (B, H, W) bool. fill: as in ``compute_removal_curves``.
+    select_removed: image indices and steps, (B,) each -> removed locations (B, H, W) bool.
     """
-    images, batch_size = to_floating(images), choose_batch_size(images, batch_size)
+    images, batch_size = at_least_float32(images), choose_batch_size(images, batch_size)
     filled = fill(images)
-    put = filled if callable(filled) else lambda which, gone: torch.where(gone[:, None], filled[which], images[which])
-    picture, step = (each.flatten() for each in torch.meshgrid(torch.arange(len(images)), torch.arange(steps), indexing="ij"))
-    batches = zip(picture.to(images.device).split(batch_size), step.to(images.device).split(batch_size), strict=True)
-    values = [score(put(which, removed(which, at)), which) for which, at in batches]
-    return torch.cat(values).view(len(images), steps) if values else images.new_zeros(0, steps)
+    remove = filled if callable(filled) else lambda index, removed: torch.where(removed[:, None], filled[index], images[index])
+    pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(steps)).to(images.device)
+    batches = (pair.unbind(1) for pair in pairs.split(batch_size))
+    return torch.cat([score(remove(i, select_removed(i, s)), i) for i, s in batches]).view(len(images), steps)
 
 
 def compute_removal_curves(
@@ -114,73 +107,67 @@ def compute_removal_curves(
     *,
     steps: int = 10,
     patch: int = 1,
-    fill: Callable = fill_mean,
+    fill: Fill = fill_mean,
     batch_size: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Deletion and insertion curves: the score as the map's highest places are removed, or put back.
+    """Compute deletion and insertion curves: the score while the highest locations of the map are removed, or inserted.
 
     Args:
-        score: as ``build_class_score`` makes it. images, maps: (N, 3, H, W) in [0, 255] and (N, H, W).
-        patch: side in pixels of what is removed at once.
-        fill: what stands where something was removed: ``fill_mean``, ``fill_blur``, ``fill_black``, ``road.imputed``, or any function
-            of the images that gives pictures (N, 3, H, W), or a function of indices (B,) and removed places (B, H, W) that does.
-        batch_size: pictures a run of the model; None takes what is quick on the images' device, see ``explainer.batch_of``.
+        score: score function, such as ``build_class_score`` returns.
+        images, maps: (N, 3, H, W) in [0, 255] and (N, H, W), of any range: only the order of the locations counts.
+        patch: side in pixels of the squares that are removed at once.
+        fill: what replaces removed pixels: ``fill_mean``, ``fill_blur``, ``fill_black``, ``fill_imputed`` or another ``Fill``.
+        batch_size: images per run of the model; None uses ``choose_batch_size``. seed: of the random order of ties.
 
-    Returns deletion and insertion, each (N, steps + 1): the score with 0, 1/steps, ..., all places removed (or put back); ``compute_auc``
-    gives the areas: low is good for deletion, high for insertion. Putting back the highest is removing the lowest, read
-    backwards: the "negative" curve, least relevant first, is ``insertion.flip(1)``. By rank: ties in a seeded random order.
+    Returns deletion and insertion, each (N, steps + 1): the score after 0, 1/steps, ..., all locations. ``compute_auc`` gives
+    the area: low is good for deletion, high for insertion. ``insertion.flip(1)`` removes the least relevant locations first
+    ("negative" curve). Raises ValueError for another number of maps, NaN, or a patch larger than the images.
     """
-    place, total = rank_locations(validate_maps(maps, len(images), images.shape[2:]).to(images.device), patch, seed)
+    ranks, total = rank_locations(validate_maps(maps, len(images), images.shape[2:]).to(images.device), patch, seed)
     limits = torch.linspace(0, total, steps + 1).round().to(images.device)
 
-    def removed(which: Tensor, at: Tensor) -> Tensor:  # steps 0 ... steps delete; those behind, 1 ... steps - 1, insert
-        highest = place[which] < limits[torch.where(at > steps, at - steps, at)][:, None, None]
-        return highest ^ (at > steps)[:, None, None]
+    def select_removed(index: Tensor, step: Tensor) -> Tensor:
+        inserts = step > steps  # steps 0 ... steps delete; the others insert, without both ends, which deletion has
+        limit = limits[torch.where(inserts, step - steps, step)]
+        return (ranks[index] < limit[:, None, None]) ^ inserts[:, None, None]
 
-    both = score_removals(score, images, removed, fill, 2 * steps, batch_size)
-    deletion = both[:, : steps + 1]
-    return deletion, torch.cat([deletion[:, -1:], both[:, steps + 1 :], deletion[:, :1]], 1)
+    scores = score_removals(score, images, select_removed, fill, 2 * steps, batch_size)
+    deletion = scores[:, : steps + 1]
+    return deletion, torch.cat([deletion[:, -1:], scores[:, steps + 1 :], deletion[:, :1]], 1)
 
 
 def compute_auc(curves: Tensor) -> Tensor:
-    """Area under each curve (N, K) over [0, 1], by the trapezoid rule, (N,)."""
+    """Compute the area under each curve (N, K) over [0, 1] by the trapezoid rule, (N,)."""
     return torch.trapezoid(curves, dx=1 / (curves.shape[1] - 1), dim=1)
 
 
 @torch.no_grad()
 def score_dimmed_images(
-    score: ScoreFunction,
-    images: Tensor,
-    maps: Tensor,
-    fill: Callable[[Tensor], Tensor] = fill_black,
-    batch_size: int | None = None,
+    score: ScoreFunction, images: Tensor, maps: Tensor, fill: Callable = fill_black, batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The score of each picture as it is and dimmed by its map, (N,) each.
+    """Return the scores of the images (N, 3, H, W) and of the images multiplied by their maps (N, H, W) in [0, 1], (N,) each.
 
-    images (N, 3, H, W), maps (N, H, W) in [0, 1]. Where the map is 0 the dimmed picture is ``fill``: black as published, or
-    ``mean_colour``, which stands out less.
+    fill: images -> what replaces pixels where the map is 0: black as published, or ``fill_mean``, which is less conspicuous.
     """
-    images = to_floating(images)
+    images = at_least_float32(images)
     maps = validate_maps(maps, len(images), images.shape[2:]).to(images)[:, None]
     dimmed = torch.lerp(fill(images), images, maps)
-    values = []
-    for which in torch.arange(len(images), device=images.device).split(choose_batch_size(images, batch_size)):
-        values.append(torch.stack([score(images[which], which), score(dimmed[which], which)], 1))
-    before, after = torch.cat(values).unbind(1) if values else 2 * [images.new_zeros(0)]
+    parts = torch.arange(len(images), device=images.device).split(choose_batch_size(images, batch_size))
+    before, after = (torch.cat([score(each[index], index) for index in parts]) for each in (images, dimmed))
     return before, after
 
 
 def compute_drop(before: Tensor, after: Tensor) -> Tensor:
-    """Drop %: what share of the score is lost, (N,) in [0, 100]; low is good."""
+    """Compute drop %: the share of the score that is lost, (N,) in [0, 100]; low is good."""
     return 100 * (before - after).relu() / before.clamp_min(torch.finfo(before.dtype).tiny)
 
 
 def compute_increase(before: Tensor, after: Tensor) -> Tensor:
-    """Increase %: 100 where the score rises, else 0, (N,); high is good."""
+    """Compute increase %: 100 where the score rises, else 0, (N,); high is good."""
     return 100.0 * (after > before)
 
 
 def compute_win(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Win %: 100 where ours, of which low is good, is below theirs; 50 where they tie, (N,). So the two sides add up to 100."""
+    """Compute win %: 100 where ours is below theirs (low is good), 50 for a tie, else 0, (N,). Both sides add up to 100."""
     return 100.0 * (ours < theirs) + 50.0 * (ours == theirs)

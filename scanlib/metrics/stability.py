@@ -1,19 +1,18 @@
-"""Does the map predict what the model does when the picture changes, and does it stay the same when the picture hardly does?
+"""Stability metrics: does the map predict how the score changes, and is it the same for an image with a little noise?
 
-compute_infidelity(score, images, maps)                         # (N,), low is good
-compute_max_sensitivity(explainer, images, target)              # (N,), low is good
+    compute_infidelity(score, images, maps)                                     # (N,), low is good
+    compute_max_sensitivity(explainer, images, target)                          # (N,), low is good
 
 Yeh et al., "On the (In)fidelity and Sensitivity of Explanations", NeurIPS 2019.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from scanlib.explainers.base import choose_batch_size, validate_maps
-from scanlib.metrics.removal import ScoreFunction, fill_mean, score_removals, to_floating
-from scanlib.targets import select_targets
+from scanlib.explainers.base import at_least_float32, choose_batch_size, validate_maps
+from scanlib.metrics.quality import ExplainerFunction, run_explainer
+from scanlib.metrics.removal import Fill, ScoreFunction, fill_mean, score_removals
+from scanlib.targets import Target, select_targets
 
 
 def compute_infidelity(
@@ -24,53 +23,54 @@ def compute_infidelity(
     patch: int = 8,
     share: float = 0.25,
     samples: int = 20,
-    fill: Callable = fill_mean,
+    fill: Fill = fill_mean,
     rescale: bool = True,
     batch_size: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Mean over random sets S of patches of (s * map's sum over S - (score - score without S))^2, (N,); low is good.
+    """Compute the mean over random sets S of patches of (s * map's sum over S - (score - score without S))^2, (N,); low is good.
 
-    Each of ``samples`` sets holds every patch with probability ``share``; all maps meet the same sets. With ``rescale`` s is the
-    best factor for each picture, so that maps of any unit compare; else 1. fill: as in ``removal_curves``.
+    Each of ``samples`` sets, the same for all maps, contains every patch with probability ``share``. ``rescale`` uses the best s
+    for each image, so that maps of any unit can be compared; without it s is 1. For the others see ``compute_removal_curves``.
     """
     height, width = images.shape[2:]
     maps = validate_maps(maps, len(images), (height, width)).to(images.device)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(samples, -(-height // patch), -(-width // patch), generator=generator).to(images.device) < share
     sets = drawn.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, :height, :width]
-    sets = torch.cat([sets, torch.zeros_like(sets[:1])])  # and one without anything, for the score as it is
-    scores = score_removals(score, images, lambda which, at: sets[at], fill, samples + 1, batch_size)
+    sets = torch.cat([sets, torch.zeros_like(sets[:1])])  # the last is empty: the score of the unchanged image
+    scores = score_removals(score, images, lambda index, step: sets[step], fill, samples + 1, batch_size)
     change = scores[:, -1:] - scores[:, :-1]
-    said = torch.einsum("nhw,shw->ns", maps, sets[:-1].to(maps.dtype)).to(change)
+    predicted = torch.einsum("nhw,shw->ns", maps, sets[:-1].to(maps.dtype)).to(change)
     if rescale:
-        said = said * (said * change).sum(1, True) / said.square().sum(1, True).clamp_min(torch.finfo(said.dtype).tiny)
-    return (said - change).square().mean(1)
+        squares = predicted.square().sum(1, True).clamp_min(torch.finfo(predicted.dtype).tiny)
+        predicted = predicted * (predicted * change).sum(1, True) / squares
+    return (predicted - change).square().mean(1)
 
 
 def compute_max_sensitivity(
-    explainer: Callable,
+    explainer: ExplainerFunction,
     images: Tensor,
-    target=None,
+    target: Target = None,
     *,
     radius: float = 5.0,
     samples: int = 10,
     batch_size: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """The largest change of the map, relative to it, under uniform noise of up to ``radius`` grey levels, (N,); low is good.
+    """Compute the largest relative change of the map under uniform noise of up to ``radius`` grey levels, (N,); low is good.
 
-    explainer: any, called as ``explainer(images, target)``; give one class per image, so that noise can not change the question.
-    A map of zeros that stays so counts 0; one that changes, nan. The same noise for all images and explainers.
+    Pass one class per image as target: None could be another class for each noisy image. The ``samples`` draws of noise are the
+    same for all images and explainers. A map of zeros that does not change gives 0; one that changes gives nan.
     """
-    images, generator = to_floating(images), torch.Generator().manual_seed(seed)
+    images, generator = at_least_float32(images), torch.Generator().manual_seed(seed)
     noises = radius * (2 * torch.rand(samples, *images.shape[1:], generator=generator) - 1).to(images)
     worst = []
-    for which in torch.arange(len(images), device=images.device).split(choose_batch_size(images, batch_size)):
-        asked = select_targets(target, which)
-        maps = explainer(images[which], asked).detach().flatten(1)
-        noisy = (explainer((images[which] + noise).clamp(0, 255), asked).detach().flatten(1) for noise in noises)
+    for index in torch.arange(len(images), device=images.device).split(choose_batch_size(images, batch_size)):
+        targets = select_targets(target, index)
+        maps = run_explainer(explainer, images[index], targets).flatten(1)
+        noisy = (run_explainer(explainer, (images[index] + noise).clamp(0, 255), targets).flatten(1) for noise in noises)
         change = torch.stack([(each - maps).norm(dim=1) for each in noisy]).amax(0)
         worst.append(torch.where(change > 0, change / maps.norm(dim=1), 0))
-    worst = torch.cat(worst) if worst else images.new_zeros(0)
-    return worst.where(worst.isfinite(), torch.nan)
+    ratio = torch.cat(worst)
+    return ratio.where(ratio.isfinite(), torch.nan)

@@ -1,4 +1,4 @@
-"""What a comparison found, as a table: means, bootstrap intervals, who beats whom; Markdown, CSV, a notebook's cell.
+"""Result of a comparison: means, bootstrap intervals and wins, as Markdown, CSV or a notebook's table.
 
 found.mean("SCAN", "deletion"), found.interval("SCAN", "deletion"), found.win("deletion")["SCAN"]["Grad-CAM"]
 """
@@ -15,9 +15,9 @@ from scanlib.metrics.removal import compute_win
 
 @dataclass(repr=False)
 class Comparison:
-    """What ``compare`` found. values[explainer][metric] is (N,), one figure per picture; maps and curves likewise.
+    """Result of ``compare``: values[explainer][metric] is (N,), one value per image; maps (N, H, W) and curves (N, K) likewise.
 
-    better: 1 where high is good, -1 where low is. milliseconds: per image, of the explainer alone.
+    better: 1 if high is good, -1 if low is. milliseconds: per image, of the explainer alone. note: printed below the table.
     """
 
     values: dict[str, dict[str, Tensor]]
@@ -29,11 +29,11 @@ class Comparison:
     seed: int = 0
 
     def mean(self, explainer: str, metric: str) -> float:
-        """Over the pictures where the figure is a number."""
+        """Return the mean over the images, without nan."""
         return float(self.values[explainer][metric].double().nanmean())
 
     def interval(self, explainer: str, metric: str, draws: int = 2000) -> tuple[float, float]:
-        """Bootstrap 95 % interval of the mean: what other pictures of the same kind might have given; nan of a single picture."""
+        """Return the bootstrap 95 % interval of the mean, for other images of the same kind; nan for a single image."""
         values = self.values[explainer][metric].double()
         if len(values) < 2:
             return float("nan"), float("nan")
@@ -42,27 +42,27 @@ class Comparison:
         return low, high
 
     def win(self, metric: str) -> dict[str, dict[str, float]]:
-        """Win %: on how many pictures the explainer of the row is better than the column's, ties a half each."""
-        figures = {name: -self.better[metric] * each[metric] for name, each in self.values.items()}
-        return {a: {b: float(compute_win(figures[a], figures[b]).mean()) for b in figures if b != a} for a in figures}
+        """Return win %: on how many images the row's explainer is better than the column's; a tie counts half for each."""
+        costs = {name: -self.better[metric] * each[metric] for name, each in self.values.items()}
+        return {a: {b: float(compute_win(costs[a], costs[b]).mean()) for b in costs if b != a} for a in costs}
 
     def leader(self, metric: str) -> str:
-        """The best mean, baselines included: one that leads is a warning about the metric, or about the explainers."""
+        """Return the name with the best mean. If it is a baseline, doubt the metric or the explainers."""
         return max(self.values, key=lambda name: self.better[metric] * self.mean(name, metric))
 
     def rows(self) -> list[dict[str, float | str]]:
-        """The table as it is saved: mean, low and high of every metric, and the time."""
+        """Return the table as it is saved: mean, low and high of every metric, and the time."""
         rows = []
         for name in self.values:
             row: dict[str, float | str] = {"explainer": name}
             for metric in self.better:
                 low, high = self.interval(name, metric)
                 row |= {metric: self.mean(name, metric), f"{metric} low": low, f"{metric} high": high}
-            rows.append(row | {"ms an image": self.milliseconds.get(name, float("nan"))})
+            rows.append(row | {"ms per image": self.milliseconds.get(name, float("nan"))})
         return rows
 
     def to_csv(self, path: str | Path) -> None:
-        """Full precision, one row an explainer."""
+        """Write ``rows`` in full precision."""
         rows = self.rows()
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
@@ -70,26 +70,21 @@ class Comparison:
             writer.writerows(rows)
 
     def to_markdown(self, path: str | Path | None = None) -> str:
-        """Means and half the 95 % interval's width; the leader of each column bold. Written to ``path`` if given."""
-        arrow = {1: "high", -1: "low"}
-        heads = ["map", *(f"{metric} ({arrow[way]})" for metric, way in self.better.items()), "ms an image"]
+        """Return means ± half the width of the 95 % interval, each column's leader bold; also write it to ``path`` if given."""
+        heads = ["map", *(f"{metric} ({'high' if way > 0 else 'low'})" for metric, way in self.better.items()), "ms per image"]
         lines = [" | ".join(heads), "|".join("---" for _ in heads)]
-        leaders = {metric: self.leader(metric) for metric in self.better}
-        for row in self.rows():
-            cells = [row["explainer"].replace("|", "\\|")]
+        for name in self.values:
+            cells = [name.replace("|", "\\|")]
             for metric in self.better:
-                digits = 1 if "%" in metric else 3
-                half = (row[f"{metric} high"] - row[f"{metric} low"]) / 2
-                text = f"{row[metric]:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
-                cells.append(f"**{text}**" if leaders[metric] == row["explainer"] else text)
-            taken = row["ms an image"]
-            lines.append(" | ".join([*cells, f"{taken:.{0 if taken >= 10 else 1}f}" if taken == taken else "-"]))
+                digits, (low, high) = 1 if "%" in metric else 3, self.interval(name, metric)
+                half = f" ± {(high - low) / 2:.{digits}f}" if low == low else ""
+                text = f"{self.mean(name, metric):.{digits}f}{half}"
+                cells.append(f"**{text}**" if self.leader(metric) == name else text)
+            taken = self.milliseconds.get(name)
+            lines.append(" | ".join([*cells, "-" if taken is None else f"{taken:.{0 if taken >= 10 else 1}f}"]))
         text = "\n".join(f"| {line} |" for line in lines) + (f"\n\n{self.note}\n" if self.note else "\n")
         if path is not None:
             Path(path).write_text(text, "utf-8", newline="\n")
         return text
 
-    def _repr_markdown_(self) -> str:
-        return self.to_markdown()
-
-    __repr__ = __str__ = to_markdown
+    __repr__ = _repr_markdown_ = to_markdown

@@ -1,4 +1,4 @@
-"""Classifiers: what is explained?"""
+"""Classifiers to explain."""
 
 from scanlib.models.backbones import build_classifier as build_classifier, replace_head as replace_head
 from scanlib.models.freezing import FrozenStages as FrozenStages, list_stages as list_stages

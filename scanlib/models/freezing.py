@@ -1,10 +1,10 @@
-"""A backbone whose first stages stay as they are while the rest is trained: weights, and statistics of batch norms.
+"""Freeze the first stages of a model while the rest is trained: their weights and the statistics of their batch norms.
 
 model = FrozenStages(resnet18(), count=2)     # stem, layer1 and layer2; model.train() leaves them in eval mode
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -12,8 +12,8 @@ from scanlib.layers import HEAD_NAMES
 
 
 def list_stages(model: nn.Module) -> list[str]:
-    """Names of a model's stages, front to back: the numbered siblings with the most parameters, heads left out, as layer1 ...
-    layer4, features.0 ..., encoder.layers.encoder_layer_0 ..., inception3a ..."""
+    """Return the names of a model's stages, front to back: the numbered siblings with the most parameters, without heads.
+    Examples are layer1 ... layer4, features.0 ..., encoder.layers.encoder_layer_0 ... and inception3a ..."""
     families: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():
         if (numbered := re.fullmatch(r"(|.*\D)\d+[a-z]?", name)) and name.split(".")[0] not in HEAD_NAMES:
@@ -23,36 +23,33 @@ def list_stages(model: nn.Module) -> list[str]:
 
 
 class FrozenStages(nn.Module):
-    """A model with its first ``count`` stages frozen, and all in front of them and between them; 0 freezes nothing.
+    """A model whose first ``count`` stages are frozen, with all modules in front of them and between them.
 
-    Raises ValueError for more stages than there are.
+    count: 0 freezes nothing. preprocess: kept as an attribute, for whoever calls the model; ``forward`` does not apply it.
+    Raises ValueError if the model has fewer stages.
     """
 
-    def __init__(self, model: nn.Module, count: int = 0):
+    def __init__(self, model: nn.Module, count: int = 0, preprocess: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
-        names = list_stages(model)
-        if not 0 <= count <= len(names):
-            raise ValueError(f"freeze {count} is out of range: the backbone has {len(names)} stages, {', '.join(names)}")
-        self.model = model
-        front = set(self._front(names[count - 1])) if count else set()
-        # what is around trained parts too keeps its mode: its own forward may drop out
+        stages = list_stages(model)
+        if not 0 <= count <= len(stages):
+            raise ValueError(f"number of frozen stages must be in 0..{len(stages)}, got {count}; stages: {', '.join(stages)}")
+        self.model, self.preprocess = model, preprocess or nn.Identity()
+        front: set[nn.Module] = set()
+        if count:
+            named = list(model.named_modules())
+            end = max(i for i, (name, _) in enumerate(named, 1) if f"{name}.".startswith(f"{stages[count - 1]}."))
+            # also modules that contain the stage: they may own the class token and position embedding
+            front = {module for name, module in named[:end] if name.split(".")[0] not in HEAD_NAMES}
+        # a module that also contains trained ones keeps its mode, because its own forward may apply dropout
         self._frozen = [module for module in front if front.issuperset(module.modules())]
         for module in front:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-        for module in self._frozen:
-            module.training = False
-
-    def _front(self, last: str) -> Iterator[nn.Module]:
-        end = [name for name, _ in self.model.named_modules() if f"{name}.".startswith(f"{last}.")][-1]
-        for name, module in self.model.named_modules():
-            if name.split(".")[0] not in HEAD_NAMES:
-                yield module  # those around a stage too: they hold loose parameters, as class token and position code
-            if name == end:
-                return
+        self.train(model.training)
 
     def train(self, mode: bool = True) -> "FrozenStages":
-        """As any module's, but that frozen parts stay in eval mode."""
+        """Set the mode of all modules but the frozen ones, which stay in eval mode."""
         super().train(mode)
         for module in self._frozen:
             module.training = False

@@ -1,91 +1,90 @@
-"""Train a SCOUTER, or the classifier it starts from, from one description; the paper's runs have names.
+"""Train a SCOUTER, or its base classifier, as a ``Recipe`` describes; the presets are the experiments of the paper.
 
-scouter, history = train_recipe(PRESETS["mnist-positive"], "mnist.pt")    # data, backbone, slots, loss, optimizer: all in the Recipe
-scouter, history = train_recipe(replace(PRESETS["signs-positive"], lam=0), "blind.pt")
-scouter = load_scouter("mnist.pt")                                  # as it was built, with its weights; .explain(images, target)
+scouter, history = train_recipe(PRESETS["mnist-positive"], "mnist.pt")    # data, backbone, loss, optimizer: all in the Recipe
+scouter, history = train_recipe(replace(PRESETS["signs-positive"], lam=0), "no_area_term.pt")
+maps = load_scouter("mnist.pt").as_explainer()(images, target=3)
 
-Presets follow the commands of the released code (github.com/wbw520/scouter, README): AdamW 1e-4, a tenth of it every 70 epochs.
-Rows are not rescaled, as in the paper; rescale=True does as the code did. The two for Signs begin with open slots (bias=2),
-so that an empty background is the area term's doing, and not half there before training.
+The presets follow the commands of the released code (github.com/wbw520/scouter, README): AdamW at 1e-4, divided by 10 every 70
+epochs; but without rescaling, as in the paper. Those for Signs start with bias=2, so that a dark background comes from the area
+term and not from initialization.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from scanlib.data import PhotoFolder, Signs, published
+from scanlib.data import CUB200, MNIST, ConText, ImageNetSubset, PhotoFolder, Signs
 from scanlib.models.backbones import build_classifier
-from scanlib.models.freezing import FrozenStages
-from scanlib.scouter.model import Scouter
-from scanlib.scouter.training import Area, LogitRange, OwnArea, build_scouter_step
+from scanlib.scouter.model import BaseClassifier, Scouter
+from scanlib.scouter.training import Area, AugmentedDataset, LogitRange, OwnArea, build_scouter_step
 from scanlib.trainer import Accuracy, Trainer, build_classifier_step
 from scanlib.training.checkpoint import load_checkpoint, save_checkpoint
 from scanlib.training.distributed import get_world_size, is_distributed, is_main_process, main_process_first, shard_loader
 from scanlib.training.feature_cache import FeatureCache
 
-DATASETS = {
-    "mnist": published.MNIST,
-    "context": published.ConText,
-    "cub200": published.CUB200,
-    "imagenet": published.ImageNetSubset,
-}
-CACHE_BYTES = 2e9  # a frozen backbone's features are kept when they need no more
+DATASETS: dict[str, Callable[..., Any]] = {"mnist": MNIST, "context": ConText, "cub200": CUB200, "imagenet": ImageNetSubset}
+CACHE_BYTES = 2e9  # features of a frozen backbone are kept in memory up to this size
 HEAD_SIGNS = {"base": 0, "positive": 1, "negative": -1}
-SCHEDULES = ("step", "one-cycle")
 
 
-def _option(default, about: str):
-    return field(default=default, metadata={"help": about})
+def _option(default, description: str):
+    return field(default=default, metadata={"help": description})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run is made of. Its fields are the command line's options, and what a checkpoint remembers."""
+    """Settings of a training run. The fields are options of the command line and are stored in checkpoints.
 
-    data: str = _option("signs", f"signs, {', '.join(DATASETS)}, or a folder with one folder a class")
-    folder: str = _option("data/downloads", "where a published data set lies")
-    scenes: int = _option(3000, "of signs, to train on")
-    classes: int | None = _option(None, "of a published data set, the first so many; left out, as many as it is known for")
-    backbone: str = _option("resnet18", "signs_cnn, any torchvision classifier, or one of timm's, as resnest26d")
-    weights: str | None = _option("DEFAULT", "the backbone's: a state dict's path, DEFAULT, or none")
-    start: str | None = _option(None, "a base trained before, whose backbone is taken")
-    layer: str | None = _option(None, "where the slots look; left out, the last with a spatial extent")
+    Values are converted to plain types. Raises ValueError for an unknown head or schedule and for counts below 1.
+    """
+
+    data: str = _option("signs", f"signs, {', '.join(DATASETS)}, or a folder with one folder per class")
+    folder: str = _option("data/downloads", "folder of a published data set")
+    scenes: int = _option(3000, "number of training images of signs")
+    classes: int | None = _option(None, "use the first classes of a published data set only; default: as in the paper")
+    backbone: str = _option("resnet18", "signs_cnn, a torchvision classifier, or a timm classifier such as resnest26d")
+    weights: str | None = _option("DEFAULT", "of the backbone: DEFAULT, none, or the path of a state dict")
+    start: str | None = _option(None, "checkpoint of a base classifier whose backbone to start from")
+    layer: str | None = _option(None, "layer that the slots attend to; default: the last with a spatial extent")
     head: str = _option("positive", "base (a linear head), positive or negative")
-    slots: int = _option(1, "per class")
-    channels: int = _option(64, "of slots and values")
-    key_layers: int = _option(1, "linear layers that make keys")
-    iterations: int = _option(3, "how often the slots look")
-    rescale: bool = _option(False, "rescale rows of scores, as the released code does")
-    bias: float = _option(0.0, "added to every score: above 0 the slots begin by looking at nearly everything")
-    lam: float = _option(1.0, "weight of the area in the loss")
-    power: float = _option(2.0, "of the area in the loss")
-    freeze: int = _option(2, "stages of the backbone to freeze, the stem with them; 0 none")
-    image_size: int = _option(260, "pixels a side")
-    augment: bool = _option(True, "mirror, turn, shift and scale the training pictures")
-    epochs: int = _option(20, "times through the data")
-    batch_size: int = _option(64, "of all processes together")
-    learning_rate: float = _option(1e-4, "of AdamW")
-    schedule: str = _option("step", "step: a tenth every 70 epochs; one-cycle: up and down once")
-    amp: bool = _option(False, "bfloat16 autocast")
+    slots: int = _option(1, "slots per class")
+    channels: int = _option(64, "channels of slots and values")
+    key_layers: int = _option(1, "number of linear layers that compute the keys")
+    iterations: int = _option(3, "number of attention steps")
+    rescale: bool = _option(False, "rescale the rows of scores, as the released code does")
+    bias: float = _option(0.0, "added to every score; above 0 the attention starts high everywhere")
+    lam: float = _option(1.0, "weight of the area term in the loss")
+    power: float = _option(2.0, "power of the area in the loss")
+    freeze: int = _option(2, "number of backbone stages to freeze, with the stem; 0 freezes nothing")
+    image_size: int = _option(260, "pixels per side")
+    augment: bool = _option(True, "flip, rotate, shift and scale the training images")
+    epochs: int = _option(20, "number of epochs")
+    batch_size: int = _option(64, "images per step, of all processes together")
+    learning_rate: float = _option(1e-4, "learning rate of AdamW")
+    schedule: str = _option("step", "step (divide the learning rate by 10 every 70 epochs) or one-cycle")
+    amp: bool = _option(False, "use bfloat16 autocast")
     seed: int = _option(0, "of weights, order and augmentation")
 
     def __post_init__(self):
-        for entry in fields(self):  # plain values, whatever they come as: a checkpoint holds nothing else
+        for entry in fields(self):
             value = getattr(self, entry.name)
             if value is not None:
-                kind = int if entry.name == "classes" else str if entry.default is None else type(entry.default)
+                kind: Callable = int if entry.name == "classes" else str if entry.default is None else type(entry.default)
                 object.__setattr__(self, entry.name, kind(value))
-        for name, known in (("head", tuple(HEAD_SIGNS)), ("schedule", SCHEDULES)):
+        for name, known in (("head", tuple(HEAD_SIGNS)), ("schedule", ("step", "one-cycle"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not known; take {' or '.join(known)}")
+                raise ValueError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
         for name in ("scenes", "classes", "epochs", "batch_size", "image_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is no count; give 1 or more")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 _MNIST = Recipe(data="mnist", classes=10, augment=False, epochs=10)
@@ -110,204 +109,172 @@ PRESETS = {
     "signs-positive": _SIGNS,
     "signs-negative": replace(_SIGNS, head="negative"),
 }
-FROM_BASE = {name for name in PRESETS if name.split("-")[0] in ("context", "cub200") and "base" not in name} | {"mnist-positive"}
+# presets that start from the checkpoint of a base classifier
+FROM_BASE = {"mnist-positive", "context-positive", "context-negative", "cub200-positive", "cub200-negative"}
+
+
+def expand_sweep(recipe: Recipe, **values) -> list[Recipe]:
+    """Return a recipe for every combination of values: expand_sweep(recipe, lam=[1, 10], slots=[1, 3]) returns four."""
+    return [replace(recipe, **dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*values.values())]
 
 
 def load_datasets(recipe: Recipe) -> tuple[Dataset, Dataset, list[str]]:
-    """Training and test pictures, and the classes' names. A folder of pictures is split four to one by the seed."""
+    """Load training images, test images and class names. A folder of images is split 4 : 1, at random.
+
+    Raises FileNotFoundError for missing data and ValueError for a folder with fewer than 5 images or images of no class.
+    """
     if recipe.data not in DATASETS and recipe.classes is not None:
-        raise ValueError(f"classes {recipe.classes} chooses from {', '.join(DATASETS)}; {recipe.data} is taken with all it has")
+        raise ValueError(f"classes must be None for data {recipe.data!r}, got {recipe.classes}; it is for {', '.join(DATASETS)}")
     if recipe.data == "signs":
-        train, test = _drawn(recipe.scenes, recipe.image_size, 0), _drawn(500, recipe.image_size, 1)
-        return train, test, list(Signs.classes)
+        size = recipe.image_size
+        return _draw_scenes(recipe.scenes, size, 0), _draw_scenes(500, size, 1), list(Signs.classes)
     if recipe.data in DATASETS:
-        chosen = {} if recipe.classes is None else {"classes": recipe.classes}
-        made = [DATASETS[recipe.data](recipe.folder, train, recipe.image_size, **chosen) for train in (True, False)]
-        return *made, made[0].classes
+        options = {"size": recipe.image_size} | ({} if recipe.classes is None else {"classes": recipe.classes})
+        train, test = (DATASETS[recipe.data](recipe.folder, is_train, **options) for is_train in (True, False))
+        return train, test, train.classes
     if not Path(recipe.data).is_dir():
-        raise FileNotFoundError(f"data {recipe.data!r} is no folder, and not one of signs, {', '.join(DATASETS)}")
-    folder = PhotoFolder(recipe.data, recipe.image_size)
-    stray = [path for path, label in zip(folder.files, folder.labels, strict=True) if label < 0]
-    if stray or len(folder) < 5:
-        raise ValueError(
-            f"data {recipe.data}: {stray[0]} lies in no class's folder; put every picture into one"
-            if stray
-            else f"data {recipe.data} holds {len(folder)} pictures; give 5 or more, in one folder a class"
-        )
-    kept = len(folder) - len(folder) // 5
-    train, test = torch.utils.data.random_split(folder, [kept, len(folder) - kept], torch.Generator().manual_seed(recipe.seed))
-    return train, test, folder.classes
+        raise FileNotFoundError(f"data must be a folder or one of signs, {', '.join(DATASETS)}, got {recipe.data!r}")
+    images = PhotoFolder(recipe.data, recipe.image_size)
+    for path, label in zip(images.files, images.labels, strict=True):
+        if label < 0:
+            raise ValueError(f"data must have every image in the folder of a class, got {path} in {recipe.data}")
+    if len(images) < 5:
+        raise ValueError(f"data must have at least 5 images, got {len(images)} in {recipe.data}; put each in its class's folder")
+    train, test = torch.utils.data.random_split(images, [0.8, 0.2], torch.Generator().manual_seed(recipe.seed))
+    return train, test, images.classes
 
 
 @lru_cache(maxsize=2)
-def _drawn(count: int, size: int, seed: int) -> Dataset:
-    """Scenes, drawn once for all runs where they are small."""
+def _draw_scenes(count: int, size: int, seed: int) -> Dataset:
+    """Return scenes of Signs, drawn once for all runs if they are small."""
     scenes = Signs(count, size, seed)
-    if count * size**2 > 3e7:
-        return scenes
-    images, labels = zip(*scenes, strict=True)
-    return TensorDataset(torch.stack(images), torch.tensor(labels))
+    return scenes if count * size**2 > 3e7 else TensorDataset(*default_collate([scenes[i] for i in range(count)]))
 
 
-class AugmentedDataset(Dataset):
-    """Pictures mirrored, turned by up to 10 degrees, shifted and scaled by up to a tenth, anew each time."""
-
-    def __init__(self, data: Dataset):
-        from torchvision.transforms import v2
-
-        self.data = data
-        affine = v2.RandomAffine(10, (0.1, 0.1), (0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR, fill=127)
-        self.change = v2.Compose([v2.RandomHorizontalFlip(), affine])
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.data[index][:2]
-        return self.change(image), label
-
-
-def build_model(recipe: Recipe, classes: int) -> FrozenStages | Scouter:
-    """The model to train: a classifier with a linear head, or a Scouter on its backbone. ``.preprocess`` comes with it."""
-    if recipe.head == "base":
-        base = build_classifier(recipe.backbone, classes, recipe.weights, recipe.image_size)
-        model = FrozenStages(base.model, recipe.freeze)
-        model.preprocess = base.preprocess
-        return model
-    if recipe.start:
-        started, base = load_trained(recipe.start)
-        if (base.head, base.backbone) != ("base", recipe.backbone):
+def build_model(recipe: Recipe, classes: list[str]) -> BaseClassifier | Scouter:
+    """Build the model to train. Raises ValueError if ``recipe.start`` is not a base classifier of the same backbone."""
+    if recipe.start and recipe.head != "base":
+        base, base_recipe = load_model(recipe.start)
+        if not isinstance(base, BaseClassifier) or base_recipe.backbone != recipe.backbone:
+            found = f"{recipe.start}, a {base_recipe.head} {base_recipe.backbone}"
             raise ValueError(
-                f"start {recipe.start} is a {base.head} {base.backbone}, and a base {recipe.backbone} is wanted; "
-                f"train one with head = base, or take another backbone"
+                f"start must be a base {recipe.backbone}, got {found}; train one with head = base or change backbone"
             )
-        backbone, preprocess = started.model.requires_grad_(True), started.preprocess  # what freezes now is this recipe's
+        backbone, preprocess = base.model.requires_grad_(True), base.preprocess  # this recipe chooses what is frozen
     else:
-        base = build_classifier(recipe.backbone, classes, recipe.weights, recipe.image_size)
-        backbone, preprocess = base.model, base.preprocess
+        classifier = build_classifier(recipe.backbone, len(classes), recipe.weights, recipe.image_size)
+        backbone, preprocess = classifier.model, classifier.preprocess
+    if recipe.head == "base":
+        return BaseClassifier(backbone, recipe.freeze, preprocess, classes)
     names = ("layer", "channels", "slots", "key_layers", "iterations", "rescale", "bias", "freeze", "image_size")
     options = {name: getattr(recipe, name) for name in names}
     return Scouter(backbone, classes, sign=HEAD_SIGNS[recipe.head], preprocess=preprocess, **options)
 
 
-def train_recipe(recipe: Recipe, out: str | Path, device=None, workers: int = 0, verbose: bool = True) -> tuple[nn.Module, dict]:
-    """Train what the recipe says and save it to ``out``; a killed run goes on from ``out``.run. The model, in eval mode, and its
-    history: loss, Accuracy, and of slots Area, OwnArea and LogitRange; of the test pictures with "val_" before it.
+def load_model(path: str | Path) -> tuple[BaseClassifier | Scouter, Recipe]:
+    """Load a model that ``train_recipe`` saved, on the CPU and in eval mode, and its recipe.
 
-    Raises FileNotFoundError for data or weights that are not there, FloatingPointError when the slots die.
+    Raises FileNotFoundError, and ValueError for another kind of file.
+    """
+    saved = load_checkpoint(path, ("recipe", "classes", "state_dict"))
+    try:
+        recipe = Recipe(**{name: value for name, value in saved["recipe"].items() if name in Recipe.__dataclass_fields__})
+        model = build_model(replace(recipe, weights=None, start=None), list(saved["classes"]))
+        model.load_state_dict(saved["state_dict"])
+    except (TypeError, AttributeError, RuntimeError) as error:
+        reason = [line.strip() for line in str(error).splitlines() if not line.endswith(":")] or [type(error).__name__]
+        raise ValueError(f"{path} must be the checkpoint of a Scouter or of its base classifier: {reason[0][:120]}") from error
+    return model.eval(), recipe
+
+
+def load_scouter(path: str | Path) -> Scouter:
+    """Load a Scouter that ``train_recipe`` saved, on the CPU and in eval mode. Raises as ``load_model``, and for a base."""
+    model, _ = load_model(path)
+    if not isinstance(model, Scouter):
+        raise ValueError(f"{path} is a base classifier without slots; train one with head = positive or negative, start = {path}")
+    return model
+
+
+def read_finished_metrics(recipe: Recipe, path: str | Path) -> dict[str, float] | None:
+    """Read the last metrics of a finished run from its checkpoint. None if there is no file, or one of another recipe."""
+    saved = load_checkpoint(path) if Path(path).is_file() else {}
+    # a checkpoint from before a field was added has the field's default
+    is_same = isinstance(saved, dict) and asdict(Recipe()) | saved.get("recipe", {}) == asdict(recipe)
+    return saved.get("figures") if is_same else None
+
+
+def train_recipe(
+    recipe: Recipe, out: str | Path, device=None, workers: int = 0, verbose: bool = True
+) -> tuple[BaseClassifier | Scouter, dict[str, list[float]]]:
+    """Train the model of a recipe and save it to ``out``. An interrupted run continues from the checkpoint ``out``.run.
+
+    Returns the model, in eval mode, and its history: loss, Accuracy, and for slots Area, OwnArea and LogitRange; those of the
+    test images start with "val_". ``device`` None selects CUDA if available; ``workers`` processes read the images.
+
+    Raises FileNotFoundError for missing data or weights, FloatingPointError if the slots no longer learn.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(recipe.seed)
     with main_process_first():
-        data, test, names = load_datasets(recipe)
-        model = build_model(recipe, len(names)).to(device)
-    slots = recipe.head != "base"
-    frozen = (
-        slots and not recipe.augment and not is_distributed() and not any(p.requires_grad for p in model.backbone.parameters())
-    )
-    encoded = frozen and _fits(model, data, test)
-    loaders = [shard_loader(loader) for loader in _loaders(recipe, data, test, workers, encoded)]
-    if encoded:
-        loaders = [FeatureCache.filled(loader, partial(_encoded, model), recipe.seed, device, verbose) for loader in loaders]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, recipe.learning_rate)
-    if recipe.schedule == "step":
-        scheduler, interval = torch.optim.lr_scheduler.StepLR(optimizer, 70), "epoch"
-    else:
-        steps = recipe.epochs * len(loaders[0])
-        scheduler, interval = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, steps), "step"
-    if slots:
-        step = build_scouter_step(model, recipe.lam, recipe.power, device, encoded=encoded)
+        train, test, classes = load_datasets(recipe)
+        model = build_model(recipe, classes).to(device)
+    use_features = isinstance(model, Scouter) and _can_cache_features(recipe, model, train, test)
+    loaders: list[DataLoader | FeatureCache] = [*_build_loaders(recipe, train, test, workers, use_features)]
+    metrics: list = [Accuracy()]
+    if isinstance(model, Scouter):
+        if use_features:
+            encode = partial(_encode_batch, model)
+            loaders = [FeatureCache.build(loader, encode, recipe.seed, device, verbose) for loader in loaders]
+        step = build_scouter_step(model, recipe.lam, recipe.power, device, use_features=use_features)
+        metrics += [Area(), OwnArea(), LogitRange()]
     else:
         step = build_classifier_step(model, model.preprocess, device)
-    run = Path(f"{out}.run")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], recipe.learning_rate)
+    scheduler: LRScheduler = StepLR(optimizer, 70 * len(loaders[0]))
+    if recipe.schedule == "one-cycle":
+        scheduler = OneCycleLR(optimizer, recipe.learning_rate, recipe.epochs * len(loaders[0]))
+    checkpoint = Path(f"{out}.run")
     trainer = Trainer(
         model,
         step,
         optimizer,
         scheduler,
-        scheduler_interval=interval,
-        metrics=[Accuracy(), *([Area(), OwnArea(), LogitRange()] if slots else [])],
+        scheduler_interval="step",
+        metrics=metrics,
         device=device,
-        checkpoint=run,
-        config=asdict(recipe) | {"names": names},
+        checkpoint=checkpoint,
+        config=asdict(recipe) | {"names": classes},
         seed=recipe.seed,
         amp=recipe.amp,
     )
     history = trainer.fit(loaders[0], recipe.epochs, loaders[1], verbose)
     if is_main_process():
-        save_trained(model, recipe, names, out, {name: values[-1] for name, values in history.items()})
-        run.unlink(missing_ok=True)
+        content = {"format": 1, "kind": "scouter", "recipe": asdict(recipe), "classes": classes, "state_dict": model.state_dict()}
+        save_checkpoint(content | {"figures": {name: values[-1] for name, values in history.items()}}, out)
+        checkpoint.unlink(missing_ok=True)
     return model.eval(), history
 
 
-def _loaders(recipe: Recipe, data: Dataset, test: Dataset, workers: int, encoded: bool) -> tuple[DataLoader, DataLoader]:
-    size = recipe.batch_size
-    if is_distributed() and size < 2 * get_world_size():
-        raise ValueError(f"batch_size {size} is too small for {get_world_size()} processes; give {2 * get_world_size()} or more")
-    lonely = len(data) % size < 2 * get_world_size() and not encoded  # what is left at the end is too little for a batch norm
-    changed = AugmentedDataset(data) if recipe.augment else data
-    train = DataLoader(changed, size, shuffle=True, num_workers=workers, drop_last=lonely and len(data) > size)
-    return train, DataLoader(test, size, num_workers=workers)
+def _build_loaders(recipe: Recipe, train: Dataset, test: Dataset, workers: int, use_features: bool) -> list[DataLoader]:
+    size, least = recipe.batch_size, 2 * get_world_size()  # batch norm needs two images per process
+    if is_distributed() and size < least:
+        raise ValueError(f"batch_size must be at least {least} for {get_world_size()} processes, got {size}")
+    count = len(train)  # type: ignore[arg-type]
+    drop_last = count > size and count % size < least and not use_features
+    images = AugmentedDataset(train) if recipe.augment else train
+    loader = DataLoader(images, size, shuffle=True, num_workers=workers, drop_last=drop_last)
+    return [shard_loader(loader), shard_loader(DataLoader(test, size, num_workers=workers))]
+
+
+def _can_cache_features(recipe: Recipe, scouter: Scouter, *datasets: Dataset) -> bool:
+    """Return whether the backbone's features do not change between epochs and fit into ``CACHE_BYTES``."""
+    if recipe.augment or is_distributed() or any(p.requires_grad for p in scouter.backbone.parameters()):
+        return False
+    features, _ = _encode_batch(scouter, (datasets[0][0][0][None], torch.zeros(1)))
+    return features.nbytes * sum(len(dataset) for dataset in datasets) < CACHE_BYTES  # type: ignore[arg-type, misc]
 
 
 @torch.no_grad()
-def _encoded(scouter: Scouter, batch) -> tuple[Tensor, Tensor]:
+def _encode_batch(scouter: Scouter, batch) -> tuple[Tensor, Tensor]:
     device = next(scouter.parameters()).device
-    return scouter.eval().features(scouter.preprocess(batch[0].to(device))), batch[1].to(device)
-
-
-def _fits(scouter: Scouter, *data: Dataset) -> bool:
-    """May a frozen backbone's features be kept?"""
-    features, _ = _encoded(scouter, (data[0][0][0][None], torch.zeros(1)))
-    return features.nbytes * sum(map(len, data)) < CACHE_BYTES
-
-
-def save_trained(
-    model: nn.Module, recipe: Recipe, names: list[str], out: str | Path, figures: dict[str, float], half: bool = False
-) -> Path:
-    """The model's weights with the recipe that builds it, and the last figures of its training; ``half``: in half precision."""
-    state = {key: value.half() if half and value.is_floating_point() else value for key, value in model.state_dict().items()}
-    content = {"format": 1, "kind": "scouter", "recipe": asdict(recipe), "classes": list(names), "state_dict": state}
-    content["figures"] = dict(figures)
-    return save_checkpoint(content, out)
-
-
-def load_trained(path: str | Path) -> tuple[nn.Module, Recipe]:
-    """What ``train_recipe`` saved, in eval mode, a Scouter or a base classifier, with ``.preprocess`` and ``.classes``; and its recipe.
-
-    Raises FileNotFoundError, and ValueError for another kind of file.
-    """
-    saved = load_checkpoint(path, ("recipe", "classes", "state_dict"))
-    known = {f.name for f in fields(Recipe)}
-    try:
-        recipe = Recipe(**{name: value for name, value in saved["recipe"].items() if name in known})
-        model = build_model(replace(recipe, weights=None, start=None), len(saved["classes"]))
-        model.load_state_dict(saved["state_dict"])
-    except (TypeError, AttributeError, RuntimeError) as error:
-        reason = [line.strip() for line in str(error).splitlines() if not line.endswith(":")] or [type(error).__name__]
-        raise ValueError(f"{path} is no Scouter and no base: {reason[0][:120]}") from error
-    model.classes = list(saved["classes"])
-    return model.eval(), recipe
-
-
-def read_finished_metrics(recipe: Recipe, path: str | Path) -> dict[str, float] | None:
-    """The figures of a run that is done already: those of ``path`` when it holds this recipe, else None."""
-    if not Path(path).is_file():
-        return None
-    saved = load_checkpoint(path)
-    same = isinstance(saved, dict) and asdict(Recipe()) | saved.get("recipe", {}) == asdict(recipe)  # older ones lack new options
-    return saved.get("figures") if same else None
-
-
-def load_scouter(path: str | Path) -> Scouter:
-    """A Scouter that ``train_recipe`` saved, in eval mode, on the CPU; ``.classes`` are the classes' names."""
-    model, recipe = load_trained(path)
-    if recipe.head == "base":
-        raise ValueError(f"{path} is a base classifier without slots; train one with head = positive or negative, start = {path}")
-    return model
-
-
-def expand_sweep(recipe: Recipe, **values) -> list[Recipe]:
-    """A recipe for every combination: expand_sweep(recipe, lam=[1, 10], slots=[1, 3]) -> four."""
-    return [replace(recipe, **dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*values.values())]
+    return scouter.eval().extract_features(scouter.preprocess(batch[0].to(device))), batch[1].to(device)

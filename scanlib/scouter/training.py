@@ -1,4 +1,4 @@
-"""How a Scouter is trained: its loss, the step that ``Trainer`` takes, and the figures that tell whether its slots live.
+"""Training of a Scouter: loss, step, augmentation, and metrics that show whether the slots still learn.
 
 loss = compute_scouter_loss(logits, attention, labels, lam=10)
 trainer = Trainer(scouter, build_scouter_step(scouter, lam=10), optimizer, metrics=[Accuracy(), Area(), OwnArea(), LogitRange()])
@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
 from scanlib.explainers.base import at_least_float32
 from scanlib.scouter.model import Scouter
@@ -18,43 +20,61 @@ from scanlib.training.distributed import all_reduce_sum
 
 
 def compute_scouter_loss(logits: Tensor, attention: Tensor, labels: Tensor, lam: float = 1.0, power: float = 2.0) -> Tensor:
-    """Cross-entropy + lam * (mean attention) ^ power (paper, Eqs. 7 and 8). The area term makes the map legible: without it
-    nothing keeps the slots from looking everywhere."""
+    """Compute cross-entropy + lam * (mean attention) ^ power (paper, Eqs. 7 and 8).
+
+    The area term makes the maps readable: without it, nothing stops the slots from attending to every location.
+    """
     return F.cross_entropy(logits, labels) + lam * attention.mean() ** power
 
 
 def build_scouter_step(
-    scouter: Scouter, lam: float = 1.0, power: float = 2.0, device="cpu", *, encoded: bool = False, patience: int = 100
+    scouter: Scouter, lam: float = 1.0, power: float = 2.0, device="cpu", *, use_features: bool = False, patience: int = 100
 ) -> Callable:
-    """The step of a Scouter, for ``Trainer``: (images in [0, 255], labels) -> loss, Slots, labels; with ``encoded``, batches
-    hold a frozen backbone's features in the images' place.
+    """Build the training step of a Scouter for ``Trainer``: (images in [0, 255], labels) -> loss, SlotOutput, labels.
 
-    Raises FloatingPointError after ``patience`` training steps in a row in which the logits of no image differ: the sigmoids are
-    all 0, or all 1, and send no gradient. The loss stays finite then, and would not tell.
+    With ``use_features``, batches hold the features of a frozen backbone, as ``scouter.extract_features`` returns them.
+
+    Raises FloatingPointError if the logits of every image are equal for ``patience`` training steps in a row: all sigmoids are
+    then 0 or 1 and have no gradient, while the loss stays finite.
     """
-    still = 0
+    flat_steps = 0
 
     def step(batch, training):
-        nonlocal still
+        nonlocal flat_steps
         images, labels = batch[0].to(device), batch[1].to(device)
-        slots = scouter.look(images) if encoded else scouter.attend(scouter.preprocess(images))
+        output = scouter.attend_features(images) if use_features else scouter.attend(scouter.preprocess(images))
         if training:
-            logits = slots.logits.detach()
-            apart = all_reduce_sum([float((logits.amax(1) - logits.amin(1)).amax())], logits.device)[0]
-            still = still + 1 if apart < 0.01 else 0
-            if still >= patience:
-                area = float(slots.attention.detach().mean())
+            logits = output.logits.detach()
+            logit_range = all_reduce_sum([float((logits.amax(1) - logits.amin(1)).amax())])[0]
+            flat_steps = flat_steps + 1 if logit_range < 0.01 else 0
+            if flat_steps >= patience:
+                area = float(output.attention.detach().mean())
                 raise FloatingPointError(
-                    f"the slots died: for {still} steps all classes had the same logit, at a mean attention of {area:.1g}; start "
-                    f"from a backbone trained with its own head, or take lam below {lam:g} or a smaller learning rate"
+                    f"the slots no longer learn: all logits were equal for {flat_steps} steps at a mean attention of {area:.1g}; "
+                    f"start from a backbone trained with its own head, or use lam below {lam:g} or a smaller learning rate"
                 )
-        return compute_scouter_loss(*slots, labels, lam, power), slots, labels
+        return compute_scouter_loss(*output, labels, lam, power), output, labels
 
     return step
 
 
+class AugmentedDataset(Dataset):
+    """Images at random flipped, rotated by up to 10 degrees, and shifted and scaled by up to 10 %, different in each epoch."""
+
+    def __init__(self, dataset: Dataset):
+        affine = v2.RandomAffine(10, (0.1, 0.1), (0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR, fill=127)
+        self.dataset, self.transform = dataset, v2.Compose([v2.RandomHorizontalFlip(), affine])
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.dataset[index][:2]
+        return self.transform(image), label
+
+
 class _Mean:
-    """A mean over images."""
+    """Mean of one value per image."""
 
     def __init__(self):
         self.reset()
@@ -62,31 +82,29 @@ class _Mean:
     def reset(self) -> None:
         self.sum, self.seen = 0.0, 0
 
-    @torch.no_grad()
-    def update(self, target: Tensor, slots: SlotOutput) -> None:
-        values = self.values(target, slots)
-        self.sum, self.seen = self.sum + float(values.sum()), self.seen + len(values)
-
     def compute(self) -> float:
         return self.sum / self.seen if self.seen else math.nan
 
+    def _add(self, values: Tensor) -> None:
+        self.sum, self.seen = self.sum + float(values.sum()), self.seen + len(values)
+
 
 class Area(_Mean):
-    """Raw area: the mean attention of all classes' slots, in [0, 1]."""
+    """Raw area: mean attention over the slots of all classes, in [0, 1]."""
 
-    def values(self, target, slots):
-        return at_least_float32(slots.attention).flatten(1).mean(1)
+    def update(self, preds: SlotOutput, target: Tensor) -> None:
+        self._add(at_least_float32(preds.attention).flatten(1).mean(1))
 
 
 class OwnArea(_Mean):
-    """Raw area of the label's class, in [0, 1]."""
+    """Raw area of an image's own class, the label: mean attention over its slots, in [0, 1]."""
 
-    def values(self, target, slots):
-        return at_least_float32(slots.attention[torch.arange(len(target)), target]).flatten(1).mean(1)
+    def update(self, preds: SlotOutput, target: Tensor) -> None:
+        self._add(at_least_float32(preds.attention[torch.arange(len(target)), target]).flatten(1).mean(1))
 
 
 class LogitRange(_Mean):
-    """How far an image's logits lie apart, largest less smallest. It falls to 0 when the slots die."""
+    """Largest logit of an image minus its smallest. It falls to 0 when the slots no longer learn."""
 
-    def values(self, target, slots):
-        return slots.logits.amax(1) - slots.logits.amin(1)
+    def update(self, preds: SlotOutput, target: Tensor) -> None:
+        self._add(preds.logits.amax(1) - preds.logits.amin(1))

@@ -1,44 +1,64 @@
-"""Encode a loader's batches once, or as they come: the model is frozen, so its features need computing only once.
+"""Encode a loader's batches once: the model is frozen, so its features do not change between epochs.
 
-batches = FeatureCache.filled(loader, encode, seed=0, device=device)    # encode(batch) -> tensors, once; then from memory
-batches = EncodedLoader(loader, encode)                                       # each time
+batches = FeatureCache.build(loader, encode, seed=0, device=device)     # runs encode(batch) -> tensors once a batch
+batches = EncodedLoader(loader, encode)                                 # runs it in every epoch
 """
 
 import math
 from collections.abc import Callable, Sequence
+from operator import length_hint
 
 import torch
 from torch import Tensor
 
 from scanlib.training.randomness import isolated_rng, iterate_seeded_batches
 
+Encode = Callable[..., tuple[Tensor, ...]]  # a loader's batch -> tensors of the same length
+
 
 class FeatureCache:
-    """Batches of encoded pictures from memory: the frozen model runs once, not once an epoch."""
+    """Encoded batches in memory.
 
-    def __init__(self, tensors: Sequence[Tensor], batch_size: int, shuffle: bool):
-        self.tensors, self.batch_size, self.shuffle = tensors, batch_size, shuffle
-        self.belongs_to: dict = {}  # what was encoded by whom, where someone will ask
+    Args:
+        tensors: the encoded data set, one row an image. batch_size: rows of a batch. shuffle: draw a new order in each epoch.
+        identity: plain values that say what was encoded, and by which encoder.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], batch_size: int, shuffle: bool, identity: dict | None = None):
+        self.tensors, self.batch_size, self.shuffle, self.identity = tensors, batch_size, shuffle, identity or {}
 
     @classmethod
-    def filled(cls, loader, encode: Callable, seed: int, device: torch.device, verbose: bool = False) -> "FeatureCache":
-        """Run a loader once. encode(batch) -> a tuple of tensors. Raises ValueError for an empty loader."""
+    def build(
+        cls, loader, encode: Encode, seed: int, device: torch.device, verbose: bool = False, identity: dict | None = None
+    ) -> "FeatureCache":
+        """Run a loader once and keep what ``encode`` returns for its batches. Raises ValueError for an empty loader."""
         from tqdm.auto import tqdm
 
-        with isolated_rng(device):  # the order in memory is a function of the seed, as every other draw
+        with isolated_rng(device):  # the order in memory depends on the seed alone
             batches = iterate_seeded_batches(loader, seed, 0)
-            total = len(loader) if hasattr(loader, "__len__") and not is_stream(loader) else None
+            total = length_hint(loader) or None  # a stream has no length
             parts = [encode(batch) for batch in tqdm(batches, "features", total, disable=not verbose, leave=False)]
         if not parts:
-            raise ValueError("the loader is empty; give it at least one batch (with drop_last, at least batch_size pictures)")
-        size, tensors = len(parts[0][0]), []
-        for column in range(len(parts[0])):  # one by one, each part let go, so that only one tensor is held twice at a time
-            tensors.append(torch.cat([part[column] for part in parts]))
-            parts = [(*part[:column], None, *part[column + 1 :]) for part in parts]
-        return cls(tensors, size, isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler))
+            raise ValueError("loader must have at least one batch, got none; with drop_last it needs batch_size images")
+        size, columns = len(parts[0][0]), [list(column) for column in zip(*parts, strict=True)]
+        del parts
+        tensors = []
+        while columns:  # one column at a time, so that only one tensor is in memory twice
+            tensors.append(torch.cat(columns.pop(0)))
+        shuffle = isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler)
+        return cls(tensors, size, shuffle, {**(identity or {}), "images": len(tensors[0]), "seed": seed})
+
+    def check_identity(self, expected: dict) -> None:
+        """Raise ValueError if the features were encoded with other settings."""
+        for name, value in expected.items():
+            if self.identity.get(name) != value:
+                raise ValueError(
+                    f"the features must be encoded for {name} = {value}, got {self.identity.get(name)}; encode the images again"
+                )
 
     @property
     def nbytes(self) -> int:
+        """Memory in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def __len__(self) -> int:
@@ -52,26 +72,22 @@ class FeatureCache:
 
 
 class EncodedLoader:
-    """A loader whose batches are encoded as they come."""
+    """A loader whose batches are encoded in every epoch."""
 
-    def __init__(self, loader, encode):
+    def __init__(self, loader, encode: Encode):
         self.loader, self.encode = loader, encode
-        for name in ("sampler", "batch_sampler", "generator"):  # what seeds a loader's draws
+        for name in ("sampler", "batch_sampler", "generator"):  # iterate_seeded_batches seeds them
             setattr(self, name, getattr(loader, name, None))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self):
         return (self.encode(batch) for batch in self.loader)
 
 
-def is_stream(loader) -> bool:
-    return isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset)
-
-
 def count_images(loader) -> float:
-    """How many pictures a loader's data set holds; infinite where it does not tell."""
+    """Return the number of images of a loader's data set, infinity if it is unknown."""
     try:
         return len(loader.dataset)
     except (AttributeError, TypeError, NotImplementedError):
@@ -79,16 +95,17 @@ def count_images(loader) -> float:
 
 
 def is_repeatable(loader) -> bool:
-    """Does each epoch hold the same pictures? A cache must freeze no augmentation and no drawing of samples.
+    """Return whether each epoch has the same images, so that a cache freezes no augmentation and no drawing of samples.
 
-    Only a plain loader qualifies: default collate, every picture once an epoch. A few pictures are read twice to see whether
-    they come the same each time; rare random changes may slip through, and want cache=False.
+    True for a plain loader only: default collate, every image once an epoch. Up to 16 images are read twice and compared. Rare
+    random changes may remain unnoticed; use cache=False for them.
     """
-    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
-    data = torch.utils.data
-    plain = type(batch_sampler) is data.BatchSampler and not loader.drop_last and loader.collate_fn is data.default_collate
-    once = type(sampler) is data.SequentialSampler or (type(sampler) is data.RandomSampler and not sampler.replacement)
-    if not (plain and once and sampler is batch_sampler.sampler and len(sampler) == len(loader.dataset)):
+    data, batches = torch.utils.data, getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader, "sampler", None)
+    if type(batches) is not data.BatchSampler or loader.drop_last or loader.collate_fn is not data.default_collate:
+        return False
+    visits_once = type(sampler) is data.SequentialSampler or (type(sampler) is data.RandomSampler and not sampler.replacement)
+    if not visits_once or sampler is not batches.sampler or length_hint(sampler) != len(loader.dataset):
         return False
     for index in range(min(16, len(loader.dataset))):
         items = loader.dataset[index], loader.dataset[index]

@@ -1,7 +1,7 @@
-"""Make everything random a function of (seed, epoch, step), so that a killed run can go on as if never killed.
+"""Make every random number a function of (seed, epoch, step), so that a killed run can continue as if it had not been killed.
 
-The generators of torch, numpy and Python are seeded anew before each batch is drawn, and the caller's own state is left alone.
-(A data set with a generator of its own has to see to itself.)
+The generators of torch, NumPy and Python are seeded before each batch, and the caller's random state is restored afterwards.
+A data set with its own generator must seed it itself.
 
     with isolated_rng(device):
         for batch in iterate_seeded_batches(loader, seed=0, epoch=3):
@@ -10,47 +10,49 @@ The generators of torch, numpy and Python are seeded anew before each batch is d
 
 import contextlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
 
-def _key(seed: int, epoch: int, step: int) -> int:
-    """A seed for (seed, epoch, step), well mixed, the same on every platform."""
-    return random.Random(f"{seed} {epoch} {step}").getrandbits(63)
-
-
 @contextlib.contextmanager
 def isolated_rng(device: torch.device):
-    """Inside, draw freely: the caller's torch, numpy and Python generators are as before afterwards."""
-    states = random.getstate(), np.random.get_state()
+    """Restore the random state of torch (CPU and a CUDA ``device``), NumPy and Python when the block ends."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
-def _seed(key: int) -> None:
-    torch.manual_seed(key)
-    random.seed(key)
-    np.random.seed(key % 2**32)
+def _mix_seed(seed: int, epoch: int, step: int) -> int:
+    # Python seeds from a string by its hash, so neighbouring steps get unrelated seeds, the same ones on every platform
+    return random.Random(f"{seed} {epoch} {step}").getrandbits(63)
 
 
-def iterate_seeded_batches(loader: Iterable, seed: int, epoch: int):
-    """The batches of one epoch, every draw a function of (seed, epoch, step). To be used inside ``isolated_rng``."""
-    _seed(_key(seed, epoch, 0))
-    holders = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
-    for holder in [*holders, getattr(holders[2], "sampler", None)]:
-        if isinstance(getattr(holder, "generator", None), torch.Generator):
-            holder.generator.manual_seed(_key(seed, epoch, 0))
-        if hasattr(holder, "set_epoch"):
-            holder.set_epoch(epoch)
+def _seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def iterate_seeded_batches(loader: Iterable, seed: int, epoch: int) -> Iterator:
+    """Iterate over one epoch, with every draw a function of (seed, epoch, step). Use it inside ``isolated_rng``."""
+    _seed_all(_mix_seed(seed, epoch, 0))
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    drawers: list[Any] = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    for drawer in drawers:
+        if isinstance(getattr(drawer, "generator", None), torch.Generator):
+            drawer.generator.manual_seed(_mix_seed(seed, epoch, 0))
+        if hasattr(drawer, "set_epoch"):
+            drawer.set_epoch(epoch)
     batches, step = iter(loader), 0
     while True:
-        _seed(_key(seed, epoch, step))
+        _seed_all(_mix_seed(seed, epoch, step))
         try:
             batch = next(batches)
         except StopIteration:

@@ -10,7 +10,7 @@ from PIL import Image
 from scanlib import SCAN, GradCAM, Signs, load_classifier
 from scanlib.cli import main
 from scanlib.data.photos import read_image
-from scanlib.targets import log_probability
+from scanlib.targets import LogProbability
 
 
 @pytest.fixture
@@ -18,44 +18,38 @@ def folder(tmp_path):
     for i in range(8):
         pixels = Signs(8)[i][0].permute(1, 2, 0).numpy().astype("uint8")
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "broken.png").write_text("no image")
     return tmp_path
 
 
-def test_masks_by_relevance_from_end_to_end(folder, tmp_path, capsys):
+def test_train_and_explain_with_masks_by_relevance(folder, tmp_path, capsys):
     out, rest = tmp_path / "decoder.pt", "--epochs 1 --batch-size 4 --device cpu"
-    with pytest.warns(UserWarning, match="1 of 9 pictures"):
+    with pytest.warns(UserWarning, match="1 of 9 images"):
         main(f"train --model signs_vit --data {folder} --out {out} {rest} --mask-by relevance".split())
     main(f"explain {folder / '0.png'} --decoder {out} --log-probability --out {tmp_path / 'map.png'}".split())
     assert "1 explained" in capsys.readouterr().out
-    with pytest.warns(UserWarning, match="can not be read"), pytest.raises(SystemExit, match="SmallResNet has none that"):
+    with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(SystemExit, match="SmallResNet has none that"):
         main(f"train --model signs_cnn --data {folder} --out {out} {rest} --mask-by relevance".split())
+
+
+def load_signs():
+    classifier = load_classifier("signs_cnn")
+    scanner = SCAN(classifier.model, classifier.layer, classifier.image_size, device="cpu")
+    return classifier, scanner.set_preprocess(classifier.preprocess).load_decoder("data/checkpoints/signs_cnn_decoder.pt")
 
 
 def test_train_and_explain(folder, tmp_path, capsys):
     out = tmp_path / "made" / "decoder.pt"
-    with pytest.warns(UserWarning, match="1 of 9 pictures"):
+    with pytest.warns(UserWarning, match="1 of 9 images"):
         options = "--epochs 2 --batch-size 4 --mask-by position --percentiles 90 95"
         main(f"train --model signs_cnn --data {folder} --out {out} {options}".split())
-    assert "decoder of signs_cnn, layer layer4, from 7 pictures" in capsys.readouterr().out
-    assert [path.name for path in out.parent.iterdir()] == ["decoder.pt"]  # the run's own checkpoint is gone
-    picture = tmp_path / "map.png"
-    main(
-        [
-            "explain",
-            str(folder / "0.png"),
-            str(folder / "1.png"),
-            "--decoder",
-            str(out),
-            "--percentile",
-            "90",
-            "--out",
-            str(picture),
-        ]
-    )
+    assert "decoder of signs_cnn, layer layer4, from 7 images" in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["decoder.pt"]  # the checkpoint of the run is deleted
+    figure = tmp_path / "map.png"
+    main(f"explain {folder / '0.png'} {folder / '1.png'} --decoder {out} --percentile 90 --out {figure}".split())
     assert "2 explained" in capsys.readouterr().out
-    assert Image.open(picture).size[0] > 600
-    main(["explain", str(folder / "0.png"), "--decoder", str(out), "--class", "star", "--out", str(picture)])
+    assert Image.open(figure).size[0] > 600
+    main(f"explain {folder / '0.png'} --decoder {out} --class star --out {figure}".split())
     assert "star" in capsys.readouterr().out
 
 
@@ -65,56 +59,53 @@ def test_several_percentiles_and_evidence(folder, tmp_path, monkeypatch):
     decoder = "--decoder data/checkpoints/signs_cnn_decoder.pt --class star"
     for more in ("", "--percentile 60,95", "--percentile 60,95 --evidence GradCAM", "--evidence GradCAM --layer layer2"):
         main(f"explain {folder / '0.png'} {decoder} {more} --out {tmp_path / 'map.png'}".split())
-    target = load_classifier("signs_cnn")
-    scanner = SCAN(target.model, target.layer, target.image_size, device="cpu").set_preprocess(target.preprocess)
-    scanner.load_decoder("data/checkpoints/signs_cnn_decoder.pt")
+    classifier, scanner = load_signs()
     image, star = read_image(folder / "0.png", 64)[None], Signs.classes.index("star")
-    ways = [GradCAM(target.model, layer, target.preprocess) for layer in (None, "layer2")]
+    evidence = [GradCAM(classifier.model, layer, classifier.preprocess) for layer in (None, "layer2")]
     expected = [scanner(image, star)[0], scanner(image, star, (60, 95))[0]]
-    expected += [scanner.explain(image, star, p, evidence=way) for p, way in zip(((60, 95), 95), ways, strict=True)]
+    expected += [scanner.as_explainer(p, e)(image, star) for p, e in zip(((60, 95), 95), evidence, strict=True)]
     for rows, heat in zip(shown, expected, strict=True):
         torch.testing.assert_close(rows[0][1], heat[0])
 
 
-def test_the_log_probability_is_explained(folder, tmp_path, monkeypatch, capsys):
+def test_log_probability(folder, tmp_path, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr("scanlib.cli.explain.plot_panels", lambda rows, *titles, **options: shown.append(rows) or plt.figure())
-    asked = f"explain {folder / '0.png'} --log-probability --out {tmp_path / 'map.png'}"
-    main(f"{asked} --decoder data/checkpoints/signs_cnn_decoder.pt".split())
-    main(f"{asked} --decoder data/checkpoints/signs_cnn_decoder.pt --class star --evidence GradCAM".split())
-    main(f"{asked} --model signs_cnn --method GradCAM --class star".split())
-    target = load_classifier("signs_cnn")
-    scanner = SCAN(target.model, target.layer, target.image_size, device="cpu").set_preprocess(target.preprocess)
-    scanner.load_decoder("data/checkpoints/signs_cnn_decoder.pt")
-    image, star = read_image(folder / "0.png", 64)[None], log_probability(Signs.classes.index("star"))
-    grad_cam = GradCAM(target.model, preprocess=target.preprocess)
+    command = f"explain {folder / '0.png'} --log-probability --out {tmp_path / 'map.png'}"
+    main(f"{command} --decoder data/checkpoints/signs_cnn_decoder.pt".split())
+    main(f"{command} --decoder data/checkpoints/signs_cnn_decoder.pt --class star --evidence GradCAM".split())
+    main(f"{command} --model signs_cnn --method GradCAM --class star".split())
+    classifier, scanner = load_signs()
+    image, star = read_image(folder / "0.png", 64)[None], LogProbability(Signs.classes.index("star"))
+    grad_cam = GradCAM(classifier.model, preprocess=classifier.preprocess)
     with torch.no_grad():
-        predicted = log_probability(int(target.model(target.preprocess(image)).argmax()))
-    expected = [scanner(image, predicted)[0], scanner.explain(image, star, evidence=grad_cam), grad_cam(image, star)]
+        predicted = LogProbability(int(classifier.model(classifier.preprocess(image)).argmax()))
+    weighted = scanner.as_explainer(evidence=grad_cam)(image, star)
+    expected = [scanner(image, predicted)[0], weighted, grad_cam(image, star)]
     for rows, heat in zip(shown, expected, strict=True):
         torch.testing.assert_close(rows[0][1], heat[0])
     decoder = "--decoder data/checkpoints/signs_cnn_decoder.pt --methods GradCAM --metrics energy"
     main(f"compare signs {decoder} --limit 6 --log-probability".split())
     assert "| SCAN, P = 95, log p |" in (table := capsys.readouterr().out) and "| GradCAM, log p |" in table
-    with pytest.raises(SystemExit, match="--log-probability is not for slots"):
-        main(f"{asked} --scouter data/checkpoints/signs_scouter_positive.pt".split())
+    with pytest.raises(SystemExit, match="--log-probability needs a --decoder or a --method: slots explain logits"):
+        main(f"{command} --scouter data/checkpoints/signs_scouter_positive.pt".split())
 
 
-def test_signs_as_data(tmp_path):
+def test_train_on_signs(tmp_path):
     main(f"train --model signs_cnn --layer layer3 --data signs --scenes 20 --out {tmp_path / 'd.pt'} --epochs 1".split())
     assert torch.load(tmp_path / "d.pt", weights_only=True)["identity"]["layer"] == "layer3"
 
 
 @pytest.mark.parametrize(
-    ("kind", "built"), [("", "Transformer"), ("transformer", "Transformer"), ("convolutional", "Convolutional")]
+    ("kind", "decoder"), [("", "Transformer"), ("transformer", "Transformer"), ("convolutional", "Convolutional")]
 )
-def test_decoder_kind_and_a_layer_that_moves(folder, tmp_path, capsys, kind, built):
-    out, asked = tmp_path / "d.pt", f"--decoder-kind {kind}" if kind else ""
-    with pytest.warns(UserWarning, match="moved to 'encoder.layers.encoder_layer_5.ln_1'"):
-        rest = f"--data signs --scenes 8 --epochs 1 --out {out} {asked}"
+def test_decoder_kind_and_a_layer_that_is_moved(folder, tmp_path, capsys, kind, decoder):
+    out, option = tmp_path / "d.pt", f"--decoder-kind {kind}" if kind else ""
+    with pytest.warns(UserWarning, match="target_layer is now 'encoder.layers.encoder_layer_5.ln_1'"):
+        rest = f"--data signs --scenes 8 --epochs 1 --out {out} {option}"
         main(f"train --model signs_vit --layer encoder.layers.encoder_layer_5 {rest}".split())
-    assert "layer encoder.layers.encoder_layer_5.ln_1, from 7 pictures" in capsys.readouterr().out
-    assert torch.load(out, weights_only=True)["config"]["decoder"] == f"{built}Decoder"
+    assert "layer encoder.layers.encoder_layer_5.ln_1, from 7 images" in capsys.readouterr().out
+    assert torch.load(out, weights_only=True)["config"]["decoder"] == f"{decoder}Decoder"
     main(["explain", str(folder / "0.png"), "--decoder", str(out), "--out", str(tmp_path / "map.png")])
     assert "1 explained" in capsys.readouterr().out
 
@@ -124,47 +115,47 @@ def test_decoder_kind_and_a_layer_that_moves(folder, tmp_path, capsys, kind, bui
     [
         (
             "train --model resnet_50 --data signs --out d.pt",
-            "scanlib train: model 'resnet_50' is not known; close matches: resnet50",
+            "scanlib train: model 'resnet_50' not found; close matches: resnet50",
         ),
-        ("train --model signs_cnn --data nowhere --out d.pt", "no folder at nowhere"),
+        ("train --model signs_cnn --data nowhere --out d.pt", "scanlib train: root must be a folder of images"),
         (
             "train --model signs_cnn --layer layr4 --data signs --scenes 10 --out d.pt",
             "target_layer 'layr4' not found; close matches: layer4",
         ),
-        ("train --model signs_cnn --data signs --out tests", "--out tests is a folder; give the file to write, as tests"),
-        ("train --model signs_cnn --data signs --out d.pt --validation 1", "--validation 1.0 is no share"),
+        ("train --model signs_cnn --data signs --out tests", "--out must be a file, got the folder tests; give tests"),
+        ("train --model signs_cnn --data signs --out d.pt --validation 1", "--validation must be in [0, 1), got 1.0"),
         (
             "train --model signs_cnn --data signs --out d.pt --epochs 0",
-            "--epochs 0, --learning-rate 0.008: both must be positive",
+            "--epochs and --learning-rate must be positive, got 0 and 0.008",
         ),
         ("explain a.png --decoder none.pt", "scanlib explain: no checkpoint at none.pt"),
     ],
 )
-def test_bad_arguments_end_with_one_line(arguments, message):
+def test_train_and_explain_exit_with_one_line_for_bad_arguments(arguments, message):
     with pytest.raises(SystemExit) as raised:
         main(arguments.split())
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_options_arrive(tmp_path, monkeypatch):
-    scanners, real = [], SCAN.fit
-    monkeypatch.setattr(
-        SCAN, "fit", lambda self, *args, **options: scanners.append((self, options)) or real(self, *args, **options)
-    )
+def test_train_passes_its_options(tmp_path, monkeypatch):
+    calls, fit = [], SCAN.fit
+    monkeypatch.setattr(SCAN, "fit", lambda self, *args, **options: calls.append((self, options)) or fit(self, *args, **options))
     options = "--alpha 9 --percentiles 80 90 --widths 16 16 --output-stride 4 --upsampling bilinear --mask-by attribution"
     options += " --learning-rate 0.004 --seed 3 --batch-size 8 --validation 0.2 --epochs 1"
     main(f"train --model signs_cnn --data signs --scenes 40 --out {tmp_path / 'd.pt'} {options}".split())
-    ((scanner, given),) = scanners
-    assert scanner.criterion.alpha == 9 and scanner.use_augmentation == (80, 90) and scanner.mask_by == "attribution"
-    assert given["seed"] == 3 and scanner.scheduler.state_dict()["total_steps"] == 4
-    assert scanner.optimizer.param_groups[0]["max_lr"] == 0.004
+    ((scanner, given),) = calls
+    trainer = scanner.trainer
+    assert trainer.config["alpha"] == 9 and scanner.use_augmentation == (80, 90)
+    assert scanner.encoder.mask_by == "attribution"
+    assert given["seed"] == 3 and trainer.scheduler.state_dict()["total_steps"] == 4
+    assert trainer.optimizer.param_groups[0]["max_lr"] == 0.004
     assert len(scanner.dataset.dataset) == 32 and len(scanner.valid_dataset.dataset) == 8
     saved = torch.load(tmp_path / "d.pt", weights_only=True)
     assert saved["config"]["ch_per_lv"] == [16, 16] and saved["config"]["output_stride"] == 4
     assert saved["config"]["upsampling"] == "bilinear" and saved["identity"]["mask_by"] == "attribution"
 
 
-def test_a_loss_that_is_not_finite_ends_with_one_line(tmp_path):
+def test_train_exits_with_one_line_for_a_loss_that_is_not_finite(tmp_path):
     with pytest.raises(
         SystemExit, match=r"scanlib train: the loss became (nan|inf) in epoch 1, step \d+; start from new weights"
     ):
@@ -172,26 +163,26 @@ def test_a_loss_that_is_not_finite_ends_with_one_line(tmp_path):
     assert not (tmp_path / "d.pt").exists()
 
 
-def test_signs_labels_mean_nothing_to_another_model(tmp_path, monkeypatch):
-    import scanlib.scan
+def test_labels_of_signs_are_unknown_to_another_model(tmp_path, monkeypatch):
+    from scanlib.training import encoding
 
     seen = []
-    real = scanlib.scan.resolve_classes
-    monkeypatch.setattr(scanlib.scan, "resolve_classes", lambda logits, t, u=False: seen.append(t) or real(logits, t, u))
+    real = encoding.resolve_classes
+    monkeypatch.setattr(encoding, "resolve_classes", lambda logits, t, u=False: seen.append(t) or real(logits, t, u))
     options = "--weights none --image-size 64 --scenes 4 --batch-size 2 --epochs 1 --validation 0 --widths 8 8 8 8"
     main(f"train --model resnet18 --data signs --out {tmp_path / 'd.pt'} {options}".split())
     assert all(target.eq(-1).all() for target in seen if target is not None)
 
 
-def test_bad_class_and_picture(folder, tmp_path):
+def test_explain_exits_with_one_line_for_bad_options_and_images(folder, tmp_path):
     out = tmp_path / "d.pt"
     main(f"train --model signs_cnn --data signs --scenes 10 --out {out} --epochs 1".split())
     for arguments, message in [
-        (["--class", "sta"], "class 'sta' is not known; close matches: star"),
-        (["--class", "10"], r"class 10 is out of range: the model has classes 0..9"),
-        (["--percentile", "101"], "percentile 101"),
-        (["--evidence", "Gradcam"], "--evidence Gradcam: not known; there are CAM"),
-        (["--evidence", "GradCAM", "--method", "GradCAM"], "--evidence weighs SCAN's map; give a --decoder, and no --method"),
+        (["--class", "sta"], "--class 'sta' not found; close matches: star"),
+        (["--class", "10"], "--class must be in 0..9 for this model, got 10"),
+        (["--percentile", "101"], "percentile must be"),
+        (["--evidence", "Gradcam"], "--evidence must be among "),
+        (["--evidence", "GradCAM", "--method", "GradCAM"], "--evidence needs a --decoder and no --method"),
     ]:
         with pytest.raises(SystemExit) as raised:
             main(["explain", str(folder / "0.png"), "--decoder", str(out), *arguments])
@@ -228,7 +219,7 @@ def test_compare_on_signs_and_on_a_folder(folder, tmp_path, capsys):
     assert names == ["SCAN, P = 90", "SCAN, P = 95", "GradCAM", "FullGrad", "random", "centre prior"]
     assert (
         "energy (high)" in lines[0]
-        and "6 pictures, predicted class; removed: patches of 8 px" in lines[9]
+        and "6 images, predicted class; removed: patches of 8 px" in lines[9]
         and lines[2] in capsys.readouterr().out
     )
     main(f"compare signs {decoder} --limit 6 --methods GradCAM --metrics energy --percentiles 90 95 --evidence GradCAM".split())
@@ -236,29 +227,29 @@ def test_compare_on_signs_and_on_a_folder(folder, tmp_path, capsys):
     energies = {row[0].strip("| "): float(row[1].strip("*").split()[0]) for row in rows if len(row) > 2 and "." in row[1]}
     assert energies["SCAN x GradCAM, P = 90-95"] > energies["GradCAM"]
     out = tmp_path / "table.csv"
-    with pytest.warns(UserWarning, match="1 of 9 pictures"):
+    with pytest.warns(UserWarning, match="1 of 9 images"):
         main(
             f"compare {folder} --model signs_vit --metrics deletion --methods AttentionRelevance --fill blur --out {out}".split()
         )
-    assert out.read_text("utf-8").splitlines()[0] == "explainer,deletion,deletion low,deletion high,ms an image"
+    assert out.read_text("utf-8").splitlines()[0] == "explainer,deletion,deletion low,deletion high,ms per image"
 
 
-def test_compare_refuses_in_one_line(folder):
-    for arguments, words in (
-        ("--model signs_cnn --methods Gradcam", "--methods Gradcam: not known; there are CAM"),
-        ("--model signs_cnn --evidence Gradcam", "--evidence Gradcam: not known; there are CAM"),
-        ("--model signs_cnn --evidence GradCAM", "--evidence weighs SCAN's map; give a --decoder"),
-        ("--model signs_cnn --out table.txt", "table.txt: give a .md or a .csv"),
+def test_compare_exits_with_one_line_for_bad_options(folder):
+    for arguments, message in (
+        ("--model signs_cnn --methods Gradcam", "--methods must be among .* CAM, .* got Gradcam"),
+        ("--model signs_cnn --evidence Gradcam", "--evidence must be among .* CAM, .* got Gradcam"),
+        ("--model signs_cnn --evidence GradCAM", "--evidence needs a --decoder"),
+        ("--model signs_cnn --out table.txt", "--out must be a .md or .csv file, got table.txt"),
         ("", "--decoder or --model"),
-        ("--model signs_cnn --metrics speed", r"metrics \['speed'\] are not known"),
+        ("--model signs_cnn --metrics speed", r"metrics must be among .* got \['speed'\]"),
     ):
-        with pytest.raises(SystemExit, match=f"scanlib compare: .*{words}"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one of the files is no picture
+        with pytest.raises(SystemExit, match=f"scanlib compare: .*{message}"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one of the files is not an image
             main(f"compare {folder} {arguments}".split())
 
 
-def test_every_explainer_can_be_compared():
+def test_methods_are_explainers_of_one_map_per_image():
     from scanlib.cli.shared import METHODS
 
     assert {"CAM", "GradCAM", "ScoreCAM", "AblationCAM", "FullGrad", "AttentionRollout", "LeGrad"} <= set(METHODS)
-    assert not {"SCAN", "Explainer", "CAMExplainer"} & set(METHODS)
+    assert not {"SCANExplainer", "Explainer", "CAMExplainer", "DeepFeatureFactorization"} & set(METHODS)

@@ -1,4 +1,4 @@
-"""Attention maps: the formulas by hand, the recording against what it replaces, peers as second opinion."""
+"""Attention maps: the formulas by hand, the recording against torch, and torchcam as a second opinion."""
 
 import math
 import warnings
@@ -10,14 +10,22 @@ import torchvision
 from torch import nn
 
 from scanlib import AttentionRelevance, AttentionRollout, LeGrad, build_small_vit
-from scanlib.explainers.attention import AttentionWeights, attention_relevance, attention_rollout, legrad
+from scanlib.explainers.attention import (
+    AttentionWeights,
+    NoAttentionError,
+    RelevanceTap,
+    attention_relevance,
+    attention_rollout,
+    legrad,
+)
+from scanlib.hooks import FeatureTap
 from scanlib.models.small import Normalize
 
 EXPLAINERS = [AttentionRollout, AttentionRelevance, LeGrad]
 
 
 class OneHeadBlock(nn.Module):
-    """Attention and a tokenwise layer, with residuals; written out or fused."""
+    """Attention and a layer for each token, with residuals; written with a softmax, or fused."""
 
     def __init__(self, width, fused):
         super().__init__()
@@ -34,7 +42,7 @@ class OneHeadBlock(nn.Module):
 
 
 class TinyTransformer(nn.Module):
-    """4 patches of 4 px and a class token, two blocks; pool reads the class token or the mean of the patches."""
+    """4 patches of 4 px and a class token, two blocks; the head reads the class token or the mean of the patches."""
 
     def __init__(self, pool="class", fused=True, width=6):
         super().__init__()
@@ -61,7 +69,7 @@ def transformer(request):
 
 
 @pytest.fixture
-def pictures():
+def images_8px():
     return torch.rand(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
@@ -94,12 +102,12 @@ def test_relevance_by_hand():
 
 def test_legrad_by_hand():
     one = torch.tensor([[[2, -1], [1, 1]], [[0, 4], [0, -1]]], dtype=torch.float64)[None]
-    # positive part, mean over heads and queries: keys get (2 + 1) / 4 and (1 + 4) / 4; the other block's are none
+    # positive part, mean over heads and queries: keys get (2 + 1) / 4 and (1 + 4) / 4; the other block's are 0
     assert legrad([one, -one.abs()]).tolist() == [[0.375, 0.625]]
 
 
 def by_hand(model, images, target):
-    """Both maps of TinyTransformer, each attention written out; (N, 2, 2) each."""
+    """Compute rollout and relevance of TinyTransformer, (N, 2, 2) each, without the recorder."""
     x = model.embed(images).flatten(2).transpose(1, 2)
     x = torch.cat([model.token.expand(len(x), -1, -1), x], 1)
     weights = []
@@ -123,31 +131,31 @@ def by_hand(model, images, target):
     return torch.stack(rollouts), torch.stack(relevances)
 
 
-def test_maps_of_a_two_block_transformer_against_plain_code(transformer, pictures):
+def test_maps_of_two_block_transformer_equal_reference(transformer, images_8px):
     target = [2, 0, 1]
-    rollout, relevance = by_hand(transformer, pictures, target)
-    torch.testing.assert_close(AttentionRollout(transformer)(pictures, target, normalize=False), rollout)
-    torch.testing.assert_close(AttentionRelevance(transformer)(pictures, target, normalize=False), relevance)
+    rollout, relevance = by_hand(transformer, images_8px, target)
+    torch.testing.assert_close(AttentionRollout(transformer)(images_8px, target, normalize=False), rollout)
+    torch.testing.assert_close(AttentionRelevance(transformer)(images_8px, target, normalize=False), relevance)
 
 
-def test_fused_and_written_out_attention_agree(pictures):
+def test_fused_and_explicit_attention_give_equal_maps(images_8px):
     torch.manual_seed(0)
     fused = TinyTransformer().double().eval()
-    written = TinyTransformer(fused=False).double().eval()
-    written.load_state_dict(fused.state_dict())
+    explicit = TinyTransformer(fused=False).double().eval()
+    explicit.load_state_dict(fused.state_dict())
     for explainer in EXPLAINERS:
-        torch.testing.assert_close(explainer(fused)(pictures, 1), explainer(written)(pictures, 1))
+        torch.testing.assert_close(explainer(fused)(images_8px, 1), explainer(explicit)(images_8px, 1))
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_the_recorder_changes_nothing_about_multi_head_attention(batch_first):
+def test_recorder_does_not_change_multi_head_attention(batch_first):
     torch.manual_seed(0)
     x = torch.randn(5, 5, 8, dtype=torch.float64, requires_grad=True)
     hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
     padding = torch.zeros(5, 5, dtype=torch.bool)
     padding[:, 3] = True
-    calls = [{}, {"attn_mask": hidden}, {"attn_mask": hidden.double() * -3}]  # taken down
-    others = [{"key_padding_mask": padding}, {"attn_mask": torch.randn(10, 5, 5, dtype=torch.float64)}]  # left alone
+    calls = [{}, {"attn_mask": hidden}, {"attn_mask": hidden.double() * -3}]  # recorded
+    others = [{"key_padding_mask": padding}, {"attn_mask": torch.randn(10, 5, 5, dtype=torch.float64)}]  # not recorded
     for made in ({}, {"add_zero_attn": True}, {"add_bias_kv": True}, {"kdim": 8, "vdim": 4}):
         attention = nn.MultiheadAttention(8, 2, batch_first=batch_first, **made).double().eval()
         value = x[..., :4] if "vdim" in made else x
@@ -157,13 +165,13 @@ def test_the_recorder_changes_nothing_about_multi_head_attention(batch_first):
                 with AttentionWeights() as recorder:
                     got = attention(x, x, value, **call, **shown)
                 torch.testing.assert_close(got, expected)
-                taken = not made and i < len(calls)
-                assert (len(recorder.weights), recorder.missed) == (taken, not taken)
-                if taken:
+                is_recorded = not made and i < len(calls)
+                assert (len(recorder.weights), recorder.missed) == (is_recorded, not is_recorded)
+                if is_recorded:
                     torch.testing.assert_close(recorder.weights[0], attention(x, x, x, **call, average_attn_weights=False)[1])
 
 
-def test_fused_attention_keeps_its_masks_and_scale():
+def test_recorder_keeps_masks_and_scale_of_fused_attention():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 4, 6, dtype=torch.float64)
     seen = torch.ones(4, 4, dtype=torch.bool).tril()
@@ -174,7 +182,7 @@ def test_fused_attention_keeps_its_masks_and_scale():
         torch.testing.assert_close(recorder.weights[0].sum(-1), torch.ones(2, 2, 4, dtype=torch.float64))
 
 
-def test_legrad_against_torchcam(vit):
+def test_legrad_equals_torchcam(vit):
     torchcam = pytest.importorskip("torchcam.methods", reason="torchcam is not installed")
     if not hasattr(torchcam, "LeGrad"):
         pytest.skip("this torchcam has no LeGrad")
@@ -188,7 +196,7 @@ def test_legrad_against_torchcam(vit):
 
 
 @pytest.mark.parametrize("explainer", EXPLAINERS)
-def test_the_call_every_explainer_answers(vit, explainer):
+def test_call_follows_the_explainer_protocol(vit, explainer):
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 255
     before = {key: value.clone() for key, value in vit.state_dict().items()}
     vit.train()
@@ -208,26 +216,27 @@ def test_the_call_every_explainer_answers(vit, explainer):
         torch.testing.assert_close(explain(images[1:2]), maps[1:2], rtol=1e-3, atol=1e-4)
         with torch.inference_mode():
             torch.testing.assert_close(explain(images), maps)
-        with pytest.raises(ValueError, match="target has 2 classes for 3 images"):
+        with pytest.raises(ValueError, match="got 2 classes for 3 images"):
             explain(images, [1, 2])
         with pytest.raises(ValueError, match=r"target class 10 is out of range: the model has classes 0\.\.9"):
             explain(images, 10)
+        torch.testing.assert_close(explain(images[0], predicted[:1]), maps[0], rtol=1e-3, atol=1e-4)
         with pytest.raises(ValueError, match=r"images must be a tensor \(N, 3, H, W\)"):
-            explain(images[0])
+            explain(images[0, 0])
     assert vit.training and not vit.encoder.ln.training and not vit.conv_proj.weight.requires_grad
     assert all(parameter.grad is None for parameter in vit.parameters())
     assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
 
 
-def test_the_class_matters_to_relevance_and_legrad_but_not_to_rollout(vit):
+def test_relevance_and_legrad_depend_on_the_class_and_rollout_does_not(vit):
     images = torch.rand(1, 3, 64, 64)
     for explainer, differs in ((AttentionRollout, False), (AttentionRelevance, True), (LeGrad, True)):
         explain = explainer(vit)
         assert torch.allclose(explain(images, 1), explain(images, 2), atol=1e-4) != differs
 
 
-def test_frozen_models_and_other_grids(vit):
+def test_explainers_accept_frozen_models_and_other_grids(vit):
     torch.manual_seed(0)
     wide = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=4).requires_grad_(False).eval()
     nn.init.normal_(wide.heads.head.weight)
@@ -235,20 +244,20 @@ def test_frozen_models_and_other_grids(vit):
         assert explainer(wide)(torch.rand(2, 3, 32, 32), 1).max() == 1
 
 
-def test_chosen_blocks(transformer, pictures):
-    both = AttentionRollout(transformer, ["blocks.0", "blocks.1"])(pictures, normalize=False)
-    torch.testing.assert_close(both, AttentionRollout(transformer)(pictures, normalize=False))
-    rows = [0] if transformer.pool == "class" else [1, 2, 3, 4]  # what the head reads, whichever block is asked
+def test_maps_of_chosen_blocks_equal_reference(transformer, images_8px):
+    both = AttentionRollout(transformer, ["blocks.0", "blocks.1"])(images_8px, normalize=False)
+    torch.testing.assert_close(both, AttentionRollout(transformer)(images_8px, normalize=False))
+    rows = [0] if transformer.pool == "class" else [1, 2, 3, 4]  # what the head reads, for every block
     with AttentionWeights() as recorder:
-        transformer(pictures)
+        transformer(images_8px)
     for i, name in enumerate(("blocks.0", "blocks.1")):
         expected = (torch.eye(5, dtype=torch.float64) + recorder.weights[i].detach()[:, 0]) / 2
         expected = expected[:, rows].mean(1)[:, 1:].unflatten(1, (2, 2))
-        torch.testing.assert_close(AttentionRollout(transformer, name)(pictures, normalize=False), expected)
-    assert not torch.allclose(*(AttentionRelevance(transformer, f"blocks.{i}")(pictures, normalize=False) for i in (0, 1)))
+        torch.testing.assert_close(AttentionRollout(transformer, name)(images_8px, normalize=False), expected)
+    assert not torch.allclose(*(AttentionRelevance(transformer, f"blocks.{i}")(images_8px, normalize=False) for i in (0, 1)))
 
 
-def test_half_precision_multiplies_in_single(vit):
+def test_half_precision_maps_are_float32(vit):
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     exact = [explainer(vit)(images, 1, normalize=False) for explainer in EXPLAINERS]
     with warnings.catch_warnings():
@@ -259,7 +268,7 @@ def test_half_precision_multiplies_in_single(vit):
         assert maps.dtype == torch.float32 and torch.corrcoef(torch.stack([maps.flatten(), expected.flatten()]))[0, 1] > 0.99
 
 
-def test_a_score_without_a_gradient_is_said(vit):
+def test_score_without_gradient_warns(vit):
     nn.init.zeros_(vit.heads.head.weight)
     for explainer in (AttentionRollout, AttentionRelevance):
         with pytest.warns(UserWarning, match="the score of 2 images has no gradient at the last attention"):
@@ -267,7 +276,7 @@ def test_a_score_without_a_gradient_is_said(vit):
 
 
 class ChannelAttention(nn.Module):
-    """Attention over 32 channels: the shapes fit, but nothing there is a patch."""
+    """Attention over 32 channels: the shapes are valid, but the tokens are not patches."""
 
     def __init__(self):
         super().__init__()
@@ -280,7 +289,7 @@ class ChannelAttention(nn.Module):
 
 
 class Attending(nn.Module):
-    """Tokens through one multi-head attention for each of ``heads``, with what MultiheadAttention is given."""
+    """Tokens through one multi-head attention for each entry of ``heads``; other arguments are passed to MultiheadAttention."""
 
     def __init__(self, heads, **made):
         super().__init__()
@@ -294,35 +303,43 @@ class Attending(nn.Module):
         return self.head(x.mean(1))
 
 
-def test_attention_that_was_missed_or_does_not_match_is_refused():
+def test_unreadable_or_inconsistent_attention_raises():
     images = torch.rand(2, 3, 16, 16)
     assert AttentionRelevance(Attending([2, 2]))(images).shape == (2, 16, 16)
-    with pytest.raises(ValueError, match="no self-attention and 2 that could not be taken down for 2 images"):
+    with pytest.raises(
+        ValueError, match="AttentionRelevance needs blocks .*seen: no self-attention and 2 that cannot be recorded for 2 images"
+    ):
         AttentionRelevance(Attending([2, 2], add_zero_attn=True))(images)
     with pytest.raises(ValueError, match=r"attention of \(2, 1, 16, 16\), \(2, 2, 16, 16\) for 2 images"):
         AttentionRollout(Attending([1, 2]))(images)
 
 
-def test_models_whose_attention_is_elsewhere_or_nowhere(tiny, images, vit):
-    whole = "these maps need blocks that attend over the whole picture"
-    with pytest.raises(ValueError, match=f"TinyNet shows no self-attention for 4 images; {whole}"):
+def test_models_without_attention_over_the_image_raise(tiny, images, vit):
+    needed = r"needs blocks that attend over the whole image, \(images, heads, tokens, tokens\), and"
+    with pytest.raises(
+        ValueError, match=rf"AttentionRollout {needed} TinyNet has none; use SCAN or a CAM \(seen: no self-attention for 4 images"
+    ):
         AttentionRollout(tiny)(images)
     swin = torchvision.models.SwinTransformer([4, 4], 16, [1, 1], [1, 2], [4, 4], num_classes=3)
-    with pytest.raises(ValueError, match=f"SwinTransformer shows attention of .*{whole}.*take SCAN or a CAM"):
+    with pytest.raises(ValueError, match=rf"{needed} SwinTransformer has none; use SCAN or a CAM \(seen: attention of "):
         AttentionRelevance(swin)(torch.rand(2, 3, 64, 64))
-    with pytest.raises(ValueError, match="ChannelAttention attends over 32 things, no grid of patches"):
+    with pytest.raises(
+        ValueError, match="ChannelAttention has none; .*seen: attention over 32 tokens that are not a grid of patches"
+    ):
         AttentionRollout(ChannelAttention())(torch.rand(2, 3, 16, 16))
-    with pytest.raises(ValueError, match=r"blocks in target_layer run \[0\] attentions; give blocks that run"):
+    with pytest.raises(
+        ValueError, match=r"target_layer must be blocks that run with one attention each, got blocks with \[0\] attentions"
+    ):
         LeGrad(TinyTransformer(), "blocks", head=lambda tokens: tokens)(torch.rand(1, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"blocks in target_layer run \[0\] attentions"):
+    with pytest.raises(ValueError, match=r"got blocks with \[0\] attentions"):
         AttentionRollout(vit, "encoder.ln")(torch.rand(1, 3, 64, 64))
-    with pytest.raises(ValueError, match=r"target_layer \[\] is empty"):
+    with pytest.raises(ValueError, match=r"target_layer must be a block, a list of blocks, or None for all, got \[\]"):
         AttentionRollout(vit, [])
-    with pytest.raises(TypeError, match="target_layer must be a name, a module or an index, not float"):
+    with pytest.raises(TypeError, match="target_layer must be a name, a module or an index, got float"):
         AttentionRollout(vit, 1.5)
-    with pytest.raises(ValueError, match="images must be a tensor .N, 3, H, W., not list"):
+    with pytest.raises(ValueError, match="images must be a tensor .N, 3, H, W. or .3, H, W., got list"):
         AttentionRollout(vit)([1])
-    with pytest.raises(TypeError, match="target 'dog' is no class; give an index"):
+    with pytest.raises(TypeError, match="target must be a class index, .*, got 'dog'"):
         AttentionRollout(vit)(torch.rand(1, 3, 64, 64), "dog")
     with pytest.raises(ValueError, match="the blocks and the head of TinyNet are not known; pass target_layer="):
         LeGrad(tiny)
@@ -330,9 +347,37 @@ def test_models_whose_attention_is_elsewhere_or_nowhere(tiny, images, vit):
         AttentionRollout(vit, "encoder.layer")
 
 
-def test_hooks_are_gone_after_an_error(vit):
+def test_hooks_are_removed_after_an_error(vit):
     explain = AttentionRollout(vit, "encoder.layers.encoder_layer_1", preprocess=lambda images: images[:, :2])
     with pytest.raises(RuntimeError):
         explain(torch.rand(1, 3, 64, 64))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_relevance_tap_equals_attention_relevance(transformer, images_8px):
+    target = [2, 0, 1]
+    with RelevanceTap(transformer, "blocks.0") as tap, FeatureTap(transformer, "blocks.0") as plain:
+        tap(images_8px), plain(images_8px)
+        gradient, relevance = tap.gradient_and_relevance(target)
+        expected, no_relevance = plain.gradient_and_relevance(target)
+        torch.testing.assert_close(tap.features, plain.features)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(relevance, AttentionRelevance(transformer)(images_8px, target, normalize=False))
+    assert no_relevance is None
+
+
+def test_relevance_tap_raises_without_readable_attention(tiny, images):
+    message = "mask_by 'relevance' needs attention over the whole image, and {} has none that can be read; use gradient, "
+    with (
+        RelevanceTap(tiny, "back") as tap,
+        pytest.raises(NoAttentionError, match=message.format("TinyNet") + ".*no self-attention for 4 images"),
+    ):
+        tap(images)
+    model = ChannelAttention()
+    with RelevanceTap(model, "embed") as tap:
+        tap(torch.rand(2, 3, 16, 16))
+        with pytest.raises(NoAttentionError, match=message.format("ChannelAttention") + ".*32 tokens that are not a grid"):
+            tap.gradient_and_relevance()
+        with pytest.raises(NoAttentionError, match="attention that does not influence the score"):
+            tap.gradient_and_relevance(lambda row: tap.captured[0].sum() + 0 * row.detach()[0])

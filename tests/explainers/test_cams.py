@@ -1,4 +1,4 @@
-"""Every method against a plain float64 reference: loops in numpy on activations and gradients from ordinary autograd."""
+"""Compare every method with a float64 reference: loops in numpy on activations and gradients from ordinary autograd."""
 
 import contextlib
 import gc
@@ -22,7 +22,7 @@ from tests.conftest import TinyNet
 
 
 class FlattenNet(nn.Module):
-    """No pooling, a head of two layers: here the gradient differs from place to place."""
+    """No pooling, and a head of two layers: the gradient differs between locations."""
 
     def __init__(self):
         super().__init__()
@@ -48,25 +48,25 @@ MODELS = {
 
 @pytest.fixture(params=MODELS)
 def case(request):
-    """(model, layer, inputs), in double precision."""
+    """Return (model, layer, inputs) in float64."""
     build, layer, size = MODELS[request.param]
     torch.manual_seed(0)
     model = build().double().eval()
-    for module in model.modules():  # batch norms that do something
+    for module in model.modules():  # so that batch norms change their input
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-1, 1), module.running_var.uniform_(0.5, 2), nn.init.uniform_(module.weight, 0.5, 1.5)
     return model, layer, torch.randn(3, 3, size, size, dtype=torch.float64)
 
 
 def plain(model, layer, x, target):
-    """Activations and gradients, numpy (N, C, h, w), by a hook and a whole backward pass for each image."""
+    """Compute activations and gradients, numpy (N, C, h, w), with a hook and a full backward pass for each image."""
     A, G = [], []
     for i in range(len(x)):
         kept = {}
 
         def keep(module, inputs, output, kept=kept):
             kept["o"] = output
-            return output.clone()  # the model goes on in place
+            return output.clone()  # the model may change it in place
 
         handle = model.get_submodule(layer).register_forward_hook(keep)
         y = model(x[i : i + 1].clone().requires_grad_())[0, target]
@@ -84,7 +84,7 @@ relu = lambda x: np.maximum(x, 0)  # noqa: E731
 
 
 def component(T):
-    """First principal component of (C, h, w) by a whole singular value decomposition, what stands out positive."""
+    """Compute the first principal component of (C, h, w) by a full singular value decomposition, with positive third moment."""
     X = T.reshape(len(T), -1).T
     X = X - X.mean(0)
     projected = X @ np.linalg.svd(X, full_matrices=True)[2][0]
@@ -99,9 +99,9 @@ def reference_grad_cam_plus_plus(A, g):
     total = np.zeros_like(A[0])
     for c in range(len(A)):
         weight = 0.0
-        for place in np.ndindex(A[c].shape):
-            denominator = 2 * g[c][place] ** 2 + A[c].sum() * g[c][place] ** 3
-            weight += g[c][place] ** 2 / denominator * max(g[c][place], 0) if denominator else 0.0
+        for location in np.ndindex(A[c].shape):
+            denominator = 2 * g[c][location] ** 2 + A[c].sum() * g[c][location] ** 3
+            weight += g[c][location] ** 2 / denominator * max(g[c][location], 0) if denominator else 0.0
         total += weight * A[c]
     return relu(total)
 
@@ -145,7 +145,7 @@ REFERENCES = {
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_against_a_plain_reference(case, name):
+def test_maps_equal_numpy_reference(case, name):
     model, layer, x = case
     A, G = plain(model, layer, x, 2)
     maps = getattr(scanlib, name)(model, layer)(x, target=2, normalize=False)
@@ -154,7 +154,7 @@ def test_against_a_plain_reference(case, name):
     np.testing.assert_allclose(maps.numpy(), expected, rtol=1e-8, atol=1e-12)
 
 
-def test_smooth_grad_cam_plus_plus(case):
+def test_smooth_grad_cam_plus_plus_equals_numpy_reference(case):
     model, layer, x = case
     maps = scanlib.SmoothGradCAMPlusPlus(model, layer, samples=3, std=0.2, seed=5)(x, target=1, normalize=False)
     generator = torch.Generator().manual_seed(5)
@@ -167,36 +167,36 @@ def test_smooth_grad_cam_plus_plus(case):
     np.testing.assert_allclose(maps.numpy(), relu((weights * A).sum(1)), rtol=1e-8, atol=1e-12)
 
 
-def test_shapley_cam_by_finite_differences(case):
+def test_shapley_cam_equals_finite_differences(case):
     model, layer, x = case
-    score = targets.rest(2)
+    score = targets.ReST(2)
     maps = scanlib.ShapleyCAM(model, layer)(x, target=score, normalize=False)
 
     def gradient(step):
-        """The score's gradient where the layer's output is A (1 + step), image by image."""
+        """Compute the score's gradient for the layer output A (1 + step), image by image."""
         rows = []
         for i in range(len(x)):
             leaf = []
 
-            def stretch(m, a, output, leaf=leaf):
+            def scale(m, a, output, leaf=leaf):
                 leaf.append((output * (1 + step)).detach().requires_grad_())
                 return leaf[0].clone()
 
-            handle = model.get_submodule(layer).register_forward_hook(stretch)
+            handle = model.get_submodule(layer).register_forward_hook(scale)
             y = score(model(x[i : i + 1])[0])
             handle.remove()
             rows.append(torch.autograd.grad(y, leaf[0])[0])
         return torch.cat(rows)
 
     hvp = (gradient(1e-5) - gradient(-1e-5)) / 2e-5
-    with FeatureTaps(model, [layer], graph=None) as taps:
+    with FeatureTaps(model, [layer], record=None) as taps:
         taps(x)
         to_maps, A = taps.layouts[0].to_maps, taps.features[0]
     weights = to_maps(gradient(0) - hvp / 2).mean((2, 3), keepdim=True)
     torch.testing.assert_close(maps, (weights * to_maps(A)).sum(1).relu(), rtol=1e-5, atol=1e-8)
 
 
-def test_cam_and_its_head():
+def test_cam_equals_numpy_reference_and_finds_its_head():
     model = TinyNet().double().eval()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     A, _ = plain(model, "back", x, 0)
@@ -206,20 +206,20 @@ def test_cam_and_its_head():
     for options in ({}, {"fc_layer": "head"}, {"fc_layer": model.head}):
         maps = scanlib.CAM(model, "back", **options)(x, target=classes, normalize=False)
         np.testing.assert_allclose(maps.numpy(), expected, rtol=1e-10, atol=1e-12)
-    with pytest.raises(ValueError, match="one linear layer from 6 channels to 5 classes, found: none"):
+    with pytest.raises(ValueError, match="fc_layer must be one linear layer from 6 channels to 5 classes, found: none"):
         scanlib.CAM(model, "front")(x)
     for fc_layer, message in (("hed", "fc_layer 'hed' not found"), ("back", "found: none"), (model.back[0], "found: none")):
         with pytest.raises(ValueError, match=message):
             scanlib.CAM(model, "back", fc_layer=fc_layer)(x)
     for method in (scanlib.CAM, scanlib.FinerCAM):
-        with pytest.raises(TypeError, match="target must be a class, not a callable"):
+        with pytest.raises(TypeError, match="target must be a class for .*, got a callable; use GradCAM"):
             method(model, "back")(x, lambda row: row[0])
-    squeeze = torchvision.models.squeezenet1_1(weights=None).eval()  # its head is a convolution
+    squeeze = torchvision.models.squeezenet1_1(weights=None).eval()  # the head is a convolution
     assert scanlib.CAM(squeeze, "features")(torch.rand(1, 3, 64, 64)).shape == (1, 64, 64)
 
 
-def test_full_grad_by_hand():
-    """x -> conv (bias) -> BN -> ReLU -> conv (bias) -> mean: terms written out, and the signed ones sum to the score."""
+def test_full_grad_equals_terms_by_hand():
+    """x -> conv (bias) -> BN -> ReLU -> conv (bias) -> mean: compute each term; the signed terms sum to the score."""
     torch.manual_seed(0)
     model = TinyNet().double().eval()
     bn = model.front[1]
@@ -238,15 +238,15 @@ def test_full_grad_by_hand():
         ),
     ]
     total = sum(t.sum() for t in terms) + 2 * model.head.bias[4]
-    torch.testing.assert_close(total, y)  # complete
+    torch.testing.assert_close(total, y)
     expected = sum(resize_map(t.abs().sum(1), (16, 16)) for t in terms)
     maps = scanlib.FullGrad(model)(x.detach(), target=4, normalize=False)
     torch.testing.assert_close(maps, expected)
 
 
 @pytest.mark.parametrize("build", [torchvision.models.resnet18, torchvision.models.googlenet])
-def test_full_grad_counts_every_bias(build):
-    """Completeness on real networks, whatever the order in which their layers are registered."""
+def test_full_grad_reads_every_bias(build):
+    """The signed terms sum to the score on real networks, for any order in which layers are registered."""
     torch.manual_seed(0)
     model = build(
         weights=None, num_classes=5, **({"aux_logits": False, "init_weights": True} if build.__name__ == "googlenet" else {})
@@ -278,13 +278,13 @@ def test_full_grad_counts_every_bias(build):
 
 
 def full_grad_by_hand(model, x, target):
-    """|g x| + sum of |b g| of one image, each output kept with its graph and differentiated in one go."""
+    """Compute |G x| + sum of |b G| for one image, with one backward pass through all recorded outputs."""
     kept = []
 
     def keep(module, _, output):
         if compute_implicit_bias(module) is not None and output.ndim == 4:
             kept.append((compute_implicit_bias(module), output))
-            return output.clone()  # the model goes on in place
+            return output.clone()  # the model may change it in place
 
     handles = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
     x = x.detach().requires_grad_()
@@ -296,19 +296,19 @@ def full_grad_by_hand(model, x, target):
     return sum((resize_map(term, x.shape[2:]) for term in terms), (g_x * x).abs().sum(1))[0].detach()
 
 
-def test_full_grad_on_transformers():
-    """Norms and linear layers of tokens and of channels-last maps; what can not be placed is refused."""
+def test_full_grad_reads_transformers_and_raises_for_windows():
+    """Norms and linear layers of tokens and of channels-last maps; windows raise an error."""
     torch.manual_seed(0)
     swin = torchvision.models.SwinTransformer([4, 4], 8, [1, 1], [2, 2], [2, 2], num_classes=4)
     convnext = torchvision.models.convnext_tiny(weights=None, num_classes=4)
     for model, size in ((tiny_vit(), 16), (swin, 32), (convnext, 32)):
         maps = scanlib.FullGrad(model.eval())(torch.rand(2, 3, size, size), 1)
         assert maps.shape == (2, size, size) and maps.amax() == 1
-    with pytest.raises(ValueError, match="does not know where the bias of 'blocks"):
+    with pytest.raises(ValueError, match="cannot locate the bias of layer 'blocks"):
         scanlib.FullGrad(torchvision.models.maxvit_t(weights=None).eval())(torch.rand(1, 3, 224, 224), 1)
 
 
-def test_finer_cam_is_grad_cam_of_the_contrast():
+def test_finer_cam_equals_grad_cam_of_contrast():
     torch.manual_seed(0)
     model = TinyNet().double().eval()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
@@ -325,13 +325,13 @@ def test_finer_cam_is_grad_cam_of_the_contrast():
     maps = scanlib.FinerCAM(model, "back", strength=0.5)(x, normalize=False)
     torch.testing.assert_close(maps, scanlib.GradCAM(model, "back")(x, target=combined, normalize=False))
     one = scanlib.FinerCAM(model, "back", references=[0, 3])(x, target=2, normalize=False)
-    torch.testing.assert_close(one, scanlib.GradCAM(model, "back")(x, targets.contrast(2, [0, 3]), normalize=False))
+    torch.testing.assert_close(one, scanlib.GradCAM(model, "back")(x, targets.Contrast(2, [0, 3]), normalize=False))
 
 
-# --- where methods must coincide ---
+# --- equal methods ---
 
 
-def test_three_methods_coincide_behind_global_pooling_only():
+def test_three_methods_are_equal_only_before_global_pooling():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 16, 16)
     for model, layer, same in ((TinyNet().eval(), "back", True), (FlattenNet().eval(), "layer", False)):
@@ -340,14 +340,14 @@ def test_three_methods_coincide_behind_global_pooling_only():
             assert torch.allclose(maps[0], other, atol=1e-4) == same
 
 
-def test_grad_cam_is_cam_up_to_a_constant_behind_global_pooling():
+def test_grad_cam_is_proportional_to_cam_before_global_pooling():
     torch.manual_seed(0)
     model, x = TinyNet().double().eval(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
     grad, plain_cam = (getattr(scanlib, name)(model, "back")(x, target=1, normalize=False) for name in ("GradCAM", "CAM"))
     torch.testing.assert_close(grad * plain_cam[0].numel(), plain_cam)
 
 
-# --- laws ---
+# --- invariances ---
 
 GRADIENT = ["GradCAM", "XGradCAM", "LayerCAM", "HiResCAM", "GradCAMElementWise", "EigenGradCAM", "SegEigenCAM", "ShapleyCAM"]
 NO_CLASS = ["EigenCAM", "KPCACAM", "FEM"]
@@ -370,10 +370,10 @@ def explained(name, model, layer, x, target=1, normalize=True):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_batch_is_its_images(case, name):
+def test_batch_equals_single_images(case, name):
     model, layer, x = case
     if name == "SmoothGradCAMPlusPlus":
-        pytest.skip("its noise belongs to the place in the batch")
+        pytest.skip("its noise depends on the index in the batch")
     together = explained(name, model, layer, x, [0, 1, 2], normalize=False)
     alone = torch.cat([explained(name, model, layer, x[i : i + 1], i, normalize=False) for i in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-7, atol=1e-10)
@@ -381,8 +381,8 @@ def test_a_batch_is_its_images(case, name):
 
 @settings(max_examples=15, deadline=None)
 @given(scale=st.floats(0.01, 100), seed=st.integers(0, 1000))
-def test_scaled_logits_give_the_same_maps(scale, seed):
-    """Not so for Grad-CAM++, whose alpha mixes g^2 and g^3, nor where a softmax is in the formula."""
+def test_scaled_logits_give_equal_maps(scale, seed):
+    """Excludes Grad-CAM++, whose alpha mixes G^2 and G^3, and the formulas with a softmax."""
     torch.manual_seed(seed)
     model, x = FlattenNet().double().eval(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
     names = [*GRADIENT, "AblationCAM"]
@@ -395,7 +395,7 @@ def test_scaled_logits_give_the_same_maps(scale, seed):
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000))
-def test_permuted_channels_change_nothing(seed):
+def test_permuted_channels_give_equal_maps(seed):
     torch.manual_seed(seed)
     model, x = TinyNet().double().eval(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
     before = {name: explained(name, model, "back", x) for name in [*EVERY, "CAM"]}
@@ -423,7 +423,7 @@ class Equivariant(nn.Module):
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000))
-def test_a_mirrored_image_has_a_mirrored_map(seed):
+def test_mirrored_image_has_mirrored_map(seed):
     torch.manual_seed(seed)
     model, x = Equivariant().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     for name in EVERY:
@@ -434,8 +434,8 @@ def test_a_mirrored_image_has_a_mirrored_map(seed):
 
 @settings(max_examples=30, deadline=None)
 @given(channels=st.integers(1, 9), side=st.integers(2, 5), seed=st.integers(0, 1000))
-def test_the_first_component(channels, side, seed):
-    """Both Gram matrices give what the singular value decomposition gives, turned the same way."""
+def test_first_component_equals_numpy_reference(channels, side, seed):
+    """Both Gram matrices give the result of the singular value decomposition, with the same sign."""
     T = torch.randn(2, channels, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     np.testing.assert_allclose(compute_first_component(T).numpy(), [component(t.numpy()) for t in T], rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(compute_first_component(3 * T), 3 * compute_first_component(T), rtol=1e-7, atol=1e-9)
@@ -444,7 +444,7 @@ def test_the_first_component(channels, side, seed):
 # --- options ---
 
 
-def test_several_layers_are_fused():
+def test_fused_layers_equal_formulas():
     torch.manual_seed(0)
     model, x = TinyNet().double().eval(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
     apart = [scanlib.GradCAM(model, layer)(x, 1, normalize=False) for layer in ("front", "back")]
@@ -466,27 +466,27 @@ def test_several_layers_are_fused():
     torch.testing.assert_close(scanlib.RefineCAM(model, ["front", "back"])(x, 1), plus)
     assert scanlib.GradCAM(model, ["back", "front"])(x).shape == (2, 16, 16)  # listed back to front
     assert set(FUSIONS) == {"mean", "max", "product", "tanh"}
-    with pytest.raises(ValueError, match="fuse 'sum' is not known"):
+    with pytest.raises(ValueError, match="fuse must be one of mean, .*, or a function, got 'sum'"):
         scanlib.GradCAM(model, "back", fuse="sum")
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match=r"target_layer must be a layer, a list of layers, or None for the last one, got \[\]"):
         scanlib.GradCAM(model, [])
 
 
-def test_the_layer_is_found_and_told():
+def test_default_layer_is_found_and_shown():
     model = torchvision.models.resnet18(weights=None)
     explainer = scanlib.GradCAM(model)
     assert explainer(torch.rand(1, 3, 64, 64)).shape == (1, 64, 64)
     assert explainer.layers[0].startswith("layer4") and explainer.layers[0] in repr(explainer)
 
 
-def test_fusing_takes_negative_values_as_nothing():
+def test_fusing_sets_negative_values_to_zero():
     torch.manual_seed(0)
     model, x = FlattenNet().eval(), torch.randn(2, 3, 16, 16)
-    twice = scanlib.EigenCAM(model, ["layer", "layer"])(x)
-    torch.testing.assert_close(twice, scanlib.EigenCAM(model, "layer")(x))
+    repeated = scanlib.EigenCAM(model, ["layer", "layer"])(x)
+    torch.testing.assert_close(repeated, scanlib.EigenCAM(model, "layer")(x))
 
 
-def test_one_explainer_for_images_of_many_sizes():
+def test_default_layer_depends_on_image_size():
     model = torchvision.models.resnet18(weights=None)
     explainer = scanlib.GradCAM(model)
     for size in (32, 224, 32):
@@ -494,8 +494,8 @@ def test_one_explainer_for_images_of_many_sizes():
         assert explainer.layers[0].startswith("layer3" if size == 32 else "layer4")
 
 
-def test_one_map_per_image_or_an_error():
-    """Tokens in front of the batch: four images would give fifty maps."""
+def test_wrong_number_of_maps_raises():
+    """A layer whose first axis is the tokens would give 25 maps for four images."""
 
     class TokensFirst(nn.Module):
         def __init__(self):
@@ -506,21 +506,25 @@ def test_one_map_per_image_or_an_error():
             return self.head(self.norm(self.conv(x).flatten(2).permute(2, 0, 1)).mean(0))
 
     model, x = TokensFirst().eval(), torch.rand(4, 3, 20, 20)
-    with pytest.raises(ValueError, match="finds 25 maps for 4 images.*reshape"):
+    with pytest.raises(ValueError, match="computed 25 maps for 4 images.*reshape"):
         scanlib.GradCAM(model, "norm")(x, 1)
     fold = lambda tokens: tokens.permute(1, 2, 0).unflatten(2, (5, 5))  # noqa: E731
     assert scanlib.GradCAM(model, "norm", reshape=fold)(x, 1).shape == (4, 20, 20)
-    assert scanlib.GradCAM(model, "norm", reshape=fold)(x[:1], 1).shape == (1, 20, 20)  # whose shape alone says nothing
+    assert scanlib.GradCAM(model, "norm", reshape=fold)(x[:1], 1).shape == (
+        1,
+        20,
+        20,
+    )  # one image: the shape alone does not show the axis
 
 
-def test_volumes_with_channels_last():
+def test_layout_of_volumes_with_channels_last():
     assert Layout.infer((1, 8, 7, 7, 768), (16, 224, 224)) == Layout("BHWC", 768, (8, 7, 7))
     assert Layout.infer((1, 768, 8, 7, 7), (16, 224, 224)) == Layout("BCHW", 768, (8, 7, 7))
     x = torch.randn(2, 3, 4, 5, 6)
     torch.testing.assert_close(Layout("BHWC", 6, (3, 4, 5)).to_maps(x), x.permute(0, 4, 1, 2, 3))
 
 
-def test_eigen_smooth():
+def test_eigen_smooth_equals_numpy_reference():
     torch.manual_seed(0)
     model, x = FlattenNet().double().eval(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
     A, G = plain(model, "layer", x, 1)
@@ -532,12 +536,12 @@ def test_eigen_smooth():
 
 
 @pytest.mark.parametrize("name", ["EigenCAM", "EigenGradCAM", "SegEigenCAM", "KPCACAM"])
-def test_a_component_is_not_smoothed_again(name):
-    with pytest.raises(ValueError, match=f"eigen_smooth is not for {name}"):
+def test_eigen_smooth_raises_for_components(name):
+    with pytest.raises(ValueError, match=f"eigen_smooth must be False for {name}"):
         getattr(scanlib, name)(TinyNet(), "back", eigen_smooth=True)
 
 
-def test_aug_smooth():
+def test_aug_smooth_averages_six_maps():
     torch.manual_seed(0)
     model, x = TinyNet().double().eval(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
     classes = model(x).argmax(1)
@@ -548,24 +552,27 @@ def test_aug_smooth():
 
 
 @pytest.mark.parametrize("name", ["GradCAM", "CAM", "SmoothGradCAMPlusPlus", "ShapleyCAM", "EigenCAM", "ScoreCAM", "AblationCAM"])
-def test_for_classes_is_one_call_each(name):
-    assert scanlib.GradCAM(TinyNet(), "back").for_classes(torch.rand(0, 3, 16, 16), [1, 2]).shape == (0, 2, 16, 16)
+def test_explain_classes_equals_one_call_per_class(name):
     torch.manual_seed(0)
     model, x = TinyNet().double().eval(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
     explainer = getattr(scanlib, name)(model, "back")
     for normalize in (True, False):
         each = torch.stack([explainer(x, c, normalize) for c in (3, 0, 4)], 1)
-        torch.testing.assert_close(explainer.for_classes(x, [3, 0, 4], normalize), each)
+        maps = explainer.explain_classes(x, [3, 0, 4], normalize)
+        torch.testing.assert_close(maps, each)
+        alone = explainer.explain_classes(x[0], [3, 0, 4], normalize)  # (3, H, W) -> (K, H, W)
+        torch.testing.assert_close(alone, explainer.explain_classes(x[:1], [3, 0, 4], normalize)[0])
+    assert maps.shape == (2, 3, 4, 4) and explainer.explain_classes(x[:0], [1, 2]).shape == (0, 2, 16, 16)
 
 
 @pytest.mark.parametrize("name", ["GradCAM", "HiResCAM", "GradCAMPlusPlus", "ShapleyCAM", "LayerCAM"])
 @pytest.mark.parametrize("build", [FlattenNet, tiny_vit])
-def test_differentiable_maps(name, build):
+def test_differentiable_maps_equal_finite_differences(name, build):
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match="turn where eigenvalues meet"):
+    with pytest.raises(ValueError, match="differentiable must be False .* swap where eigenvalues meet"):
         scanlib.EigenCAM(TinyNet(), "back", differentiable=True)
     if (name, build) == ("ShapleyCAM", tiny_vit):
-        with pytest.raises(ValueError, match="third derivative"):
+        with pytest.raises(ValueError, match="differentiable must be False .* third derivative"):
             scanlib.ShapleyCAM(tiny_vit(), differentiable=True)
         return
     model, layer = build().double().eval(), "layer" if build is FlattenNet else "encoder.layers.encoder_layer_1.ln_1"
@@ -583,19 +590,19 @@ def test_differentiable_maps(name, build):
     torch.testing.assert_close(explainer(x, 1).detach(), plain_maps)
 
 
-def test_reshape_of_ones_own():
+def test_reshape_replaces_inferred_layout():
     torch.manual_seed(0)
     model, layer = tiny_vit().eval(), "encoder.layers.encoder_layer_1.ln_1"
     x = torch.randn(2, 3, 16, 16)
     fold = lambda tokens: tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4))  # noqa: E731
     torch.testing.assert_close(scanlib.GradCAM(model, layer, reshape=fold)(x, 1), scanlib.GradCAM(model, layer)(x, 1))
-    with pytest.raises(ValueError, match="reshape is not for AblationCAM"):
+    with pytest.raises(ValueError, match="reshape must be None for AblationCAM"):
         scanlib.AblationCAM(model, layer, reshape=fold)
 
 
 @pytest.mark.parametrize("dimensions", [1, 3])
 @pytest.mark.parametrize("name", [*EVERY, "CAM", "SSCAM"])
-def test_signals_and_volumes(dimensions, name):
+def test_explainers_accept_signals_and_volumes(dimensions, name):
     torch.manual_seed(0)
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
     pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dimensions - 1]
@@ -614,11 +621,11 @@ def test_signals_and_volumes(dimensions, name):
 
 
 @pytest.mark.parametrize("name", ["GradCAM", "EigenCAM", "AblationCAM", "GradCAMPlusPlus"])
-def test_swin_is_channels_last(name):
+def test_explainers_accept_channels_last_swin(name):
     torch.manual_seed(0)
     model = torchvision.models.SwinTransformer([4, 4], 8, [1, 1], [2, 2], [2, 2], num_classes=4).eval()
     x = torch.rand(2, 3, 32, 32) * 255
-    maps = getattr(scanlib, name)(model, "norm").for_classes(x, range(4), normalize=False)
+    maps = getattr(scanlib, name)(model, "norm").explain_classes(x, range(4), normalize=False)
     assert maps.shape == (2, 4, 4, 4) and maps.amax() > 0
     if name == "GradCAM":
         with FeatureTaps(model, ["norm"]) as taps:
@@ -629,7 +636,7 @@ def test_swin_is_channels_last(name):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["GradCAM", "GradCAMPlusPlus", "EigenCAM", "ScoreCAM", "AblationCAM", "FullGrad"])
-def test_precisions(name, dtype):
+def test_maps_are_float32_or_better(name, dtype):
     torch.manual_seed(0)
     model, x = TinyNet().eval(), torch.rand(2, 3, 32, 32)
     expected = explained(name, model, "back", x)
@@ -643,7 +650,7 @@ def test_precisions(name, dtype):
 
 
 def by_hook(model, layer, x, score):
-    """Grad-CAM by an ordinary hook and a backward pass through the whole model."""
+    """Compute Grad-CAM with an ordinary hook and a backward pass through the whole model."""
     kept = []
 
     def keep(module, inputs, output):
@@ -657,36 +664,36 @@ def by_hook(model, layer, x, score):
     return (g.mean((2, 3), keepdim=True) * kept[0]).sum(1).relu().detach()
 
 
-def test_segmentation_models():
+def test_grad_cam_of_segmentation_score():
     torch.manual_seed(0)
     model = torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4).eval()
     x, mask = torch.rand(2, 3, 64, 64), torch.zeros(64, 64, dtype=torch.bool)
     mask[10:30, 20:50] = True
-    maps = scanlib.GradCAM(model, "backbone.16")(x, target=targets.segmentation(2, mask), normalize=False)
+    maps = scanlib.GradCAM(model, "backbone.16")(x, target=targets.SegmentationScore(2, mask), normalize=False)
     assert maps.amax() > 0
     torch.testing.assert_close(maps, by_hook(model, "backbone.16", x, lambda out: out["out"][:, 2, mask].sum()))
     for name in ("GradCAM", "ScoreCAM", "AblationCAM", "SmoothGradCAMPlusPlus"):
         for target in (2, None):
-            with pytest.raises(ValueError, match=r"returns \(2, 4, 64, 64\), no logits"):
+            with pytest.raises(ValueError, match=r"must return logits \(B, K\), got \(2, 4, 64, 64\)"):
                 getattr(scanlib, name)(model, "backbone.16")(x, target=target)
-    with pytest.raises(ValueError, match="aug_smooth mirrors the images"):
-        scanlib.GradCAM(model, "backbone.16", aug_smooth=True)(x, targets.segmentation(2, mask))
+    with pytest.raises(ValueError, match="aug_smooth must be False .* mirrors the images"):
+        scanlib.GradCAM(model, "backbone.16", aug_smooth=True)(x, targets.SegmentationScore(2, mask))
 
 
-def test_detection_models():
+def test_grad_cam_of_detection_score():
     torch.manual_seed(0)
     model = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4).eval()
     x = torch.rand(1, 3, 320, 320)
     with torch.no_grad():
         found = model(x)[0]
-    score = targets.detection(found["boxes"][:3], found["labels"][:3])
-    assert float(score(found)) > 3  # each box overlaps itself, and has a score
+    score = targets.DetectionScore(found["boxes"][:3], found["labels"][:3])
+    assert float(score(found)) > 3  # each box overlaps itself and has a score
     maps = scanlib.GradCAM(model, "backbone.features.0.13")(x, target=score, normalize=False)
     assert maps.amax() > 0
     torch.testing.assert_close(maps, by_hook(model, "backbone.features.0.13", x, lambda out: score(out[0])))
 
 
-def test_hugging_face_outputs():
+def test_explainers_accept_hugging_face_outputs():
     class Outputs:
         def __init__(self, logits):
             self.logits = logits
@@ -703,11 +710,11 @@ def test_hugging_face_outputs():
         torch.testing.assert_close(explained(name, model, "back", x, None), explained(name, plain_model, "back", x, None))
 
 
-# --- bad input, and the model afterwards ---
+# --- invalid input, and the model after a call ---
 
 
 @pytest.mark.parametrize("name", [*EVERY, "CAM"])
-def test_bad_targets_are_refused(name):
+def test_invalid_targets_raise(name):
     model, x = TinyNet().eval(), torch.rand(3, 3, 16, 16)
     cases = [([1, 2], "2 classes for 3 images"), (5, "class 5 is out of range"), ([0, 1, -1], "class -1 is out of range")]
     for target, message in cases:
@@ -716,24 +723,29 @@ def test_bad_targets_are_refused(name):
 
 
 @pytest.mark.parametrize("name", [*EVERY, "CAM", "SSCAM"])
-def test_a_context_manager_and_an_empty_batch(name):
+def test_context_manager_with_empty_batch_and_single_image(name):
     arguments = () if name == "FullGrad" else ("back",)
+    images = torch.rand(2, 3, 16, 16)
     with getattr(scanlib, name)(TinyNet().eval(), *arguments) as explainer:
-        assert explainer(torch.rand(0, 3, 16, 16)).shape == (0, 16, 16)
+        assert explainer(images[:0]).shape == (0, 16, 16)
+        for normalize in (True, False):
+            single = explainer(images[0], 1, normalize)
+            torch.testing.assert_close(single, explainer(images[:1], 1, normalize)[0])
 
 
-def test_bad_images_are_refused():
+def test_invalid_images_raise():
     explainer = scanlib.GradCAM(TinyNet().eval(), "back")
     for images, message in (
-        (torch.rand(3, 16, 16), r"not \(3, 16, 16\)"),
-        (torch.rand(2, 16, 16, 3), r"not \(2, 16, 16, 3\)"),
-        (torch.rand(2, 6, 16, 16), r"not \(2, 6, 16, 16\)"),
-        (np.zeros((1, 3, 16, 16)), "not ndarray"),
+        (torch.rand(16, 16), r"got \(16, 16\)"),
+        (torch.rand(2, 16, 16), r"got \(2, 16, 16\)"),
+        (torch.rand(2, 16, 16, 3), r"got \(2, 16, 16, 3\)"),
+        (torch.rand(2, 6, 16, 16), r"got \(2, 6, 16, 16\)"),
+        (np.zeros((1, 3, 16, 16)), "got ndarray"),
         (torch.full((1, 3, 16, 16), math.nan), "NaN"),
     ):
         with pytest.raises(ValueError, match=message):
             explainer(images)
-    with pytest.raises(ValueError, match="has no meaning for FullGrad"):
+    with pytest.raises(ValueError, match="target_layer must be None for FullGrad, which reads every layer, got 'back'"):
         scanlib.FullGrad(TinyNet(), "back")
 
 
@@ -759,7 +771,7 @@ def same(before, after):
 
 
 @pytest.mark.parametrize("name", [*EVERY, "CAM", "SSCAM", "DeepFeatureFactorization"])
-def test_the_model_is_left_as_it_was(name):
+def test_model_is_unchanged(name):
     torch.manual_seed(0)
     model, x = TinyNet(), torch.rand(2, 3, 16, 16)
     model.train()
@@ -771,44 +783,44 @@ def test_the_model_is_left_as_it_was(name):
     explainer(x)
     same(before, state(model, x))
 
-    class Trouble(Exception):
+    class HookError(Exception):
         pass
 
     calls = 0
 
-    def trouble(module, inputs, output):
+    def fail(module, inputs, output):
         nonlocal calls
         calls += 1
         if calls >= last:
-            raise Trouble
+            raise HookError
 
     for run in (1, 2):  # in the first run of the model, and in a later one
         calls, last = 0, run
-        handle = model.head.register_forward_hook(trouble)
-        with contextlib.suppress(Trouble):
+        handle = model.head.register_forward_hook(fail)
+        with contextlib.suppress(HookError):
             explainer(x)
         handle.remove()
         same(before, state(model, x))
 
 
-def test_a_thousand_calls_leave_nothing_behind():
+def test_thousand_calls_leak_no_tensors():
     model, x = TinyNet().eval(), torch.rand(1, 3, 16, 16)
     explainers = [scanlib.GradCAM(model, "back"), scanlib.ShapleyCAM(model, "back"), scanlib.AblationCAM(model, "back")]
 
-    def alive():
+    def count_tensors():
         gc.collect()
         return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
     for explainer in explainers:
         explainer(x)
-    before = alive()
+    before = count_tensors()
     for _ in range(334):
         for explainer in explainers:
             explainer(x)
-    assert alive() <= before
+    assert count_tensors() <= before
 
 
-def test_under_no_grad_and_inference_mode_with_frozen_weights():
+def test_maps_are_equal_in_no_grad_and_inference_mode_with_frozen_weights():
     torch.manual_seed(0)
     model, x = TinyNet().eval().requires_grad_(False), torch.rand(2, 3, 16, 16)
     for name in ("GradCAM", "ShapleyCAM", "FullGrad", "AblationCAM"):

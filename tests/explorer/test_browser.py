@@ -1,6 +1,6 @@
-"""The explorer in a real browser: `pip install -e .[browser]`, a Chromium, then `make browser`. Skipped where one is missing.
+"""The explorer in a real browser: `pip install -e .[browser]`, a Chromium, then `make browser`. Skipped if one is missing.
 
-JupyterLab opens the notebook, runs all of it, and percentile, layer, strip, class and an upload must change the picture.
+JupyterLab and Voila run the notebook; percentile, layer, strip, class and an upload must change the figure.
 """
 
 import os
@@ -29,8 +29,8 @@ pytestmark = [
 ]
 
 
-def served(arguments: list[str], address: str, environment: dict[str, str]) -> subprocess.Popen:
-    """A server, once it answers."""
+def start_server(arguments: list[str], address: str, environment: dict[str, str]) -> subprocess.Popen:
+    """Start a server and wait until it answers."""
     with open(ROOT / "out" / "server.log", "w") as log:
         server = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     for _ in range(240):
@@ -57,17 +57,17 @@ def page(tmp_path):
         context.close()
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def find_free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
-def drive(page, box, shots: Path, name: str) -> None:
-    """Turn every knob of the explorer in ``box``; its picture must change each time."""
+def use_every_control(page, box, folder: Path, name: str) -> None:
+    """Use every control of the explorer in ``box``; its figure must change each time."""
     picture = box.locator(".widget-image, img.jupyter-widgets").last
 
-    def changed(what, act):
+    def expect_change(what, act):
         before = picture.get_attribute("src")
         act()
         for _ in range(100):
@@ -77,17 +77,17 @@ def drive(page, box, shots: Path, name: str) -> None:
         raise AssertionError(f"{what} changed nothing")
 
     handle = box.locator(".noUi-handle").first
-    changed("the percentile", lambda: (handle.focus(), page.keyboard.press("ArrowLeft")))
+    expect_change("the percentile", lambda: (handle.focus(), page.keyboard.press("ArrowLeft")))
     dropdowns = box.locator("select")
-    changed("the layer", lambda: dropdowns.nth(0).select_option(index=2))
-    changed("the film", lambda: box.get_by_role("button", name="percentile film").click())
-    box.screenshot(path=shots / f"{name}.png")
-    changed("the class", lambda: dropdowns.nth(1).select_option(index=3))
-    upload = shots / "upload.png"
+    expect_change("the layer", lambda: dropdowns.nth(0).select_option(index=2))
+    expect_change("the film", lambda: box.get_by_role("button", name="percentile film").click())
+    box.screenshot(path=folder / f"{name}.png")
+    expect_change("the class", lambda: dropdowns.nth(1).select_option(index=3))
+    upload = folder / "upload.png"
     Image.new("RGB", (80, 60), "orange").save(upload)
     with page.expect_file_chooser() as chooser:
         box.locator(".widget-upload").first.click()
-    changed("an upload", lambda: chooser.value.set_files(str(upload)))
+    expect_change("an upload", lambda: chooser.value.set_files(str(upload)))
     saved = set((ROOT / "data" / "cache").glob("explorer_*.png"))
     box.get_by_role("button", name="save").click()
     for _ in range(100):
@@ -96,23 +96,24 @@ def drive(page, box, shots: Path, name: str) -> None:
         page.wait_for_timeout(100)
     assert new, "save wrote nothing"
     new.pop().unlink()
-    box.screenshot(path=shots / f"{name}_saved.png")
+    box.screenshot(path=folder / f"{name}_saved.png")
 
 
 @pytest.fixture
-def shots():
+def folder():
     folder = ROOT / "out"
     folder.mkdir(exist_ok=True)
     shutil.copy(ROOT / "notebooks" / "10_explorer.ipynb", folder)  # JupyterLab saves what it ran
     return folder
 
 
-def test_in_jupyterlab(page, shots):
-    port = free_port()
+def test_in_jupyterlab(page, folder):
+    port = find_free_port()
     address = f"http://127.0.0.1:{port}"
     quiet = ["--ServerApp.token=", "--ServerApp.password=", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
-    arguments = [sys.executable, "-m", "jupyterlab", "out", *quiet, "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]  # fmt: skip
-    server = served(arguments, f"{address}/api", {"SCANLIB_FAST": "1"} | os.environ)
+    quiet += ["--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    arguments = [sys.executable, "-m", "jupyterlab", "out", *quiet]
+    server = start_server(arguments, f"{address}/api", {"SCANLIB_FAST": "1"} | os.environ)
     try:
         page.goto(f"{address}/lab/tree/10_explorer.ipynb?reset")
         page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=120_000)
@@ -122,25 +123,26 @@ def test_in_jupyterlab(page, shots):
         box = page.locator(".jp-OutputArea-output", has=page.locator(".widget-upload")).first
         box.wait_for(timeout=240_000)
         box.scroll_into_view_if_needed()
-        page.wait_for_function("() => ![...document.querySelectorAll('.jp-InputPrompt')].some(p => p.textContent.includes('*'))", timeout=240_000)  # fmt: skip
-        drive(page, box, shots, "explorer_jupyterlab")
+        is_done = "() => ![...document.querySelectorAll('.jp-InputPrompt')].some(p => p.textContent.includes('*'))"
+        page.wait_for_function(is_done, timeout=240_000)
+        use_every_control(page, box, folder, "explorer_jupyterlab")
         assert page.get_by_text("Traceback (most recent call last)").count() == 0
     finally:
         server.kill()
 
 
-def test_as_a_page_of_its_own(page, shots):
+def test_in_voila(page, folder):
     pytest.importorskip("voila", reason="pip install voila")
-    port = free_port()
+    port = find_free_port()
     address = f"http://127.0.0.1:{port}"
     arguments = [sys.executable, "-m", "voila", "out/10_explorer.ipynb", "--no-browser", f"--port={port}"]
-    server = served(arguments, f"{address}/static/", {"SCANLIB_FAST": "1"} | os.environ)
+    server = start_server(arguments, f"{address}/static/", {"SCANLIB_FAST": "1"} | os.environ)
     try:
         page.goto(address, timeout=300_000)
         box = page.locator(".jp-OutputArea-output", has=page.locator(".widget-upload")).first
         box.wait_for(timeout=300_000)
         page.wait_for_timeout(3000)
-        drive(page, box, shots, "explorer_voila")
+        use_every_control(page, box, folder, "explorer_voila")
         assert page.get_by_text("Traceback (most recent call last)").count() == 0
     finally:
         server.kill()

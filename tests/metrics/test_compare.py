@@ -3,14 +3,18 @@ import csv
 import pytest
 import torch
 
-from scanlib import GradCAM, LayerCAM, SmallResNet
+from scanlib import SCAN, GradCAM, LayerCAM, SmallResNet
 from scanlib.metrics import (
+    Comparison,
     build_class_score,
     compute_auc,
+    compute_coherency,
     compute_energy_inside,
+    compute_max_sensitivity,
     compute_removal_curves,
     make_box_masks,
     make_random_maps,
+    randomise_parameters,
 )
 from scanlib.metrics.compare import METRICS, compare
 
@@ -24,7 +28,7 @@ def scene():
     return model, images, masks
 
 
-def test_every_figure_is_that_of_the_metric_itself(scene):
+def test_values_equal_those_of_the_metric_functions(scene):
     model, images, masks = scene
     explainer = GradCAM(model, "layer3")
     found = compare(model, images, {"Grad-CAM": explainer}, list(METRICS), masks=masks, batch_size=2, progress=False)
@@ -41,7 +45,7 @@ def test_every_figure_is_that_of_the_metric_itself(scene):
     lerf, morf, both = (found.values["random"][name] for name in ("ROAD LeRF", "ROAD MoRF", "ROAD"))
     torch.testing.assert_close(both, (lerf - morf) / 2)
     assert found.curves["Grad-CAM"]["deletion"].shape == (5, 11) and found.curves["random"]["ROAD MoRF"].shape == (5, 9)
-    assert found.values["centre prior"]["sensitivity"].tolist() == [0] * 5  # says the same of everything
+    assert found.values["centre prior"]["sensitivity"].tolist() == [0] * 5  # the same map for every image
     assert found.values["random"]["sensitivity"].min() > 0.5
     assert found.milliseconds["Grad-CAM"] > 0 and "random" not in found.milliseconds
     assert not model.training and all(p.grad is None for p in model.parameters())
@@ -50,22 +54,25 @@ def test_every_figure_is_that_of_the_metric_itself(scene):
     assert "ROAD" not in few.note and "patches of" in few.note
 
 
-def test_intervals_wins_and_leaders_by_hand(scene):
+def test_intervals_wins_and_leaders_known_values(scene):
     model, images, _ = scene
-    share = lambda value: lambda x, target: torch.full((len(x), 32, 32), value)  # noqa: E731
-    ordered = {"figure": (-1, lambda case: case.maps.mean((1, 2)) + torch.tensor([0.0, 0, 0, 0, 1]) * (case.maps.mean() < 0.2))}
-    found = compare(model, images, {"a": share(0.1), "b": share(0.25)}, ordered, progress=False)
-    assert found.mean("a", "figure") == pytest.approx(0.3) and found.mean("b", "figure") == pytest.approx(0.25)
-    assert found.win("figure")["a"]["b"] == pytest.approx(80) and found.win("figure")["b"]["a"] == pytest.approx(20)
-    assert found.leader("figure") == "b"
-    low, high = found.interval("a", "figure")
-    assert low == pytest.approx(0.1) and high == pytest.approx(0.7)  # one picture in five of 1.1: drawn none to three times
-    assert found.interval("b", "figure") == pytest.approx((0.25, 0.25))
+
+    def build_constant(value):
+        return lambda x, target: torch.full((len(x), 32, 32), value)
+
+    def measure(inputs):
+        return inputs.maps.mean((1, 2)) + torch.tensor([0.0, 0, 0, 0, 1]) * (inputs.maps.mean() < 0.2)
+
+    found = compare(model, images, {"a": build_constant(0.1), "b": build_constant(0.25)}, {"own": (-1, measure)}, progress=False)
+    assert found.mean("a", "own") == pytest.approx(0.3) and found.mean("b", "own") == pytest.approx(0.25)
+    assert found.win("own")["a"]["b"] == pytest.approx(80) and found.win("own")["b"]["a"] == pytest.approx(20)
+    assert found.leader("own") == "b"
+    low, high = found.interval("a", "own")
+    assert low == pytest.approx(0.1) and high == pytest.approx(0.7)  # one image of five has 1.1; it is drawn up to three times
+    assert found.interval("b", "own") == pytest.approx((0.25, 0.25))
 
 
-def test_the_interval_covers_as_often_as_it_says():
-    from scanlib.metrics.compare import Comparison
-
+def test_interval_covers_the_mean_as_often_as_promised():
     generator, inside = torch.Generator().manual_seed(0), 0
     for trial in range(200):
         values = torch.randn(60, generator=generator)
@@ -74,16 +81,16 @@ def test_the_interval_covers_as_often_as_it_says():
     assert 180 <= inside <= 199
 
 
-def test_tables(scene, tmp_path):
+def test_markdown_and_csv(scene, tmp_path):
     model, images, masks = scene
     explainers = {"Grad-CAM": GradCAM(model, "layer3"), "Layer-CAM": LayerCAM(model, "layer3")}
     found = compare(model, images, explainers, ("energy", "drop %"), masks=masks, progress=False, patch=4)
     text = found.to_markdown(tmp_path / "table.md")
     assert text == (tmp_path / "table.md").read_text("utf-8") == found._repr_markdown_() == str(found)
     lines = text.splitlines()
-    assert lines[0] == "| map | energy (high) | drop % (low) | ms an image |" and len(lines) == 8
+    assert lines[0] == "| map | energy (high) | drop % (low) | ms per image |" and len(lines) == 8
     assert sum(line.count("**") for line in lines) == 4 and "centre prior" in lines[5] and lines[5].endswith("| - |")
-    assert "5 pictures" in lines[7] and "seed 0" in lines[7] and "patches of 4 px in 10 steps, fill mean" in lines[7]
+    assert "5 images" in lines[7] and "seed 0" in lines[7] and "patches of 4 px in 10 steps, fill mean" in lines[7]
     found.to_csv(tmp_path / "table.csv")
     rows = list(csv.DictReader(open(tmp_path / "table.csv", encoding="utf-8")))
     assert [row["explainer"] for row in rows] == ["Grad-CAM", "Layer-CAM", "random", "centre prior"]
@@ -91,56 +98,80 @@ def test_tables(scene, tmp_path):
     assert float(rows[0]["energy low"]) <= float(rows[0]["energy"]) <= float(rows[0]["energy high"])
 
 
-def test_targets_and_scan_objects(scene):
+def test_target_is_one_class_or_one_per_image(scene):
     model, images, _ = scene
+    explainers = {"own": lambda images, target: target[:, None, None].expand(-1, 32, 32) / 10.0}
+    metrics = {"class": (1, lambda inputs: inputs.maps.mean((1, 2)))}
+    for target, mean in ((3, 0.3), (torch.arange(5), 0.2)):
+        found = compare(model, images, explainers, metrics, target=target, progress=False)
+        assert found.mean("own", "class") == pytest.approx(mean)
 
-    class Scanner:
-        def __call__(self, image):
-            raise AssertionError("asked for a confidence and a reconstruction")
 
-        def explain(self, images, target):
-            return target[:, None, None].expand(-1, 32, 32) / 10.0
-
-    own = {"class": (1, lambda case: case.maps.mean((1, 2)))}
-    assert compare(model, images, {"SCAN": Scanner()}, own, target=3, progress=False).mean("SCAN", "class") == pytest.approx(0.3)
-    classes = torch.arange(5)
-    assert compare(model, images, {"SCAN": Scanner()}, own, target=classes, progress=False).mean(
-        "SCAN", "class"
-    ) == pytest.approx(0.2)
+def test_one_image_without_masks(scene):
+    model, images, _ = scene
     one = compare(model, images[:1], {"Grad-CAM": GradCAM(model, "layer3")}, progress=False)
     assert list(one.better) == ["deletion", "insertion", "ROAD", "drop %", "increase %"]  # without masks, no localisation
     assert "Grad-CAM" in str(one)
-    assert " ± " not in str(one).splitlines()[2]  # one picture has no interval
+    assert " ± " not in str(one).splitlines()[2]  # one image has no interval
     assert torch.isnan(torch.tensor(one.interval("Grad-CAM", "deletion"))).all()
 
 
-def test_bad_input(scene):
+def test_scan_explainer_and_its_scanner(tiny, images):
+    loader = [(images, torch.arange(4))]
+    scanner = SCAN(tiny, "back", image_size=(32, 32), device="cpu").set_preprocess(lambda x: x / 255)
+    scanner.set_dataset(loader).generate_decoder().compile().fit(1, verbose=False)
+    explainer, classes = scanner.as_explainer(percentile=80), torch.tensor([0, 1, 2, 3])
+    maps = explainer(images, classes)
+    coherency = compute_coherency(explainer, images, maps, classes)
+    sensitivity = compute_max_sensitivity(explainer, images, classes, samples=2)
+    assert coherency.shape == (4,) and ((coherency >= 0) & (coherency <= 1)).all()
+    assert sensitivity.shape == (4,) and sensitivity.isfinite().all() and sensitivity.max() > 0
+    options = {"preprocess": scanner.encoder.preprocess, "target": classes, "batch_size": 2, "progress": False}
+    found = compare(tiny, images, {"SCAN": explainer}, ["deletion", "coherency", "sensitivity"], **options)
+    torch.testing.assert_close(found.maps["SCAN"], maps, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.values["SCAN"]["coherency"], coherency, atol=1e-4, rtol=0)
+    for call in (
+        lambda: compute_coherency(scanner, images, maps, classes),
+        lambda: compute_max_sensitivity(scanner, images, classes),
+        lambda: randomise_parameters(lambda model: scanner, tiny, images, classes),
+        lambda: compare(tiny, images, {"SCAN": scanner}, ["deletion"], **options),
+    ):
+        with pytest.raises(TypeError, match=r"explainer must return maps \(N, H, W\), got SCAN; .* scanner.as_explainer\(\)"):
+            call()
+    with pytest.raises(TypeError, match="explainer must return maps .*, got Tensor"):
+        compare(tiny, images, {"maps": maps}, ["deletion"], **options)
+
+
+def test_compare_raises_for_wrong_arguments(scene):
     model, images, masks = scene
     explainers = {"Grad-CAM": GradCAM(model, "layer3")}
-    for arguments, words in (
-        ({"metrics": ["energie"], "masks": masks}, r"metrics \['energie'\] are not known; there are energy"),
-        ({"metrics": ["energy"]}, r"metrics \['energy'\] need masks"),
-        ({"explainers": {"random": explainers["Grad-CAM"]}}, "baselines that are always in"),
-        ({"images": images[:0]}, "images are empty"),
-        ({"target": [1, 2]}, "target has 2 classes for 5 images"),
-        ({"target": [3]}, "target has 1 classes for 5 images"),
+    for arguments, message in (
+        ({"metrics": ["energie"], "masks": masks}, r"metrics must be among energy, .*, got \['energie'\]"),
+        ({"metrics": ["energy"]}, r"masks must be .* for the metrics \['energy'\], got None"),
+        (
+            {"explainers": {"random": explainers["Grad-CAM"]}},
+            r"names of the baselines, which are always included, got \['random'\]",
+        ),
+        ({"images": images[:0]}, r"images must not be empty, got shape \(0, 3, 32, 32\)"),
+        ({"target": [1, 2]}, "got 2 classes for 5 images"),
+        ({"target": [3]}, "got 1 classes for 5 images"),
         ({"target": 10}, "target class 10 is out of range"),
-        ({"target": lambda output: output[0]}, "target is callable"),
-        ({"masks": masks[:4]}, r"masks have shape \(4, 32, 32\)"),
-        ({"masks": masks & False}, r"masks \[0, 1, 2, 3, 4\] of 5 are empty"),
-        ({"patch": 33}, "patch 33 does not fit"),
-        ({"explainers": {"broken": lambda x, target: x[:, 0] / 0 * 0}}, "broken: maps .* hold NaN"),
-        ({"explainers": {"raw": lambda x, target: x[:, 0]}}, "raw: maps run from .*; bring them to"),
+        ({"target": lambda output: output[0]}, "target must be a class or one per image, got a callable"),
+        ({"masks": masks[:4]}, r"masks must have shape \(5, 32, 32\) for these images, got \(4, 32, 32\)"),
+        ({"masks": masks & False}, r"masks must not be empty, got no pixel in masks \[0, 1, 2, 3, 4\] of 5"),
+        ({"patch": 33}, "patch must be from 1 to 32 pixels .*, got 33"),
+        ({"explainers": {"broken": lambda x, target: x[:, 0] / 0 * 0}}, "broken: maps must be finite, got NaN"),
+        ({"explainers": {"raw": lambda x, target: x[:, 0]}}, "raw: maps must be in .*, got .* to .*"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             compare(**{"model": model, "images": images, "explainers": explainers, "progress": False} | arguments)
     model.train()
     with pytest.raises(ZeroDivisionError):
         compare(model, images, {"broken": lambda x, target: 1 / 0}, progress=False)
-    assert model.training  # as it was, exceptions included
+    assert model.training  # restored after the exception
 
 
-def test_maps_of_another_size_and_constant_ones(scene):
+def test_maps_of_another_size_and_constant_maps(scene):
     model, images, masks = scene
     odd = {"coarse": lambda x, target: x[:, 0, ::4, ::4] / 255, "constant": lambda x, target: torch.ones(len(x), 32, 32)}
     with pytest.warns(UserWarning, match=r"maps of \(8, 8\) are resized"):
@@ -150,7 +181,7 @@ def test_maps_of_another_size_and_constant_ones(scene):
     assert found.values["constant"]["energy"].tolist() == pytest.approx([256 / 1024] * 5)
 
 
-def test_standings_draws_means_and_intervals(scene):
+def test_plot_intervals_draws_means_and_intervals(scene):
     import matplotlib.pyplot as plt
 
     from scanlib.plots import plot_intervals

@@ -16,14 +16,14 @@ from scanlib.metrics import (
 from scanlib.metrics.sanity import randomise_tensors
 
 
-def test_rank_correlation_by_hand():
+def test_rank_correlation_known_values():
     a = torch.tensor([[[1.0, 2], [3, 4]]] * 3)
     b = torch.tensor([[[10.0, 20], [40, 30]], [[-1.0, -2], [-3, -4]], [[7.0, 7], [7, 7]]])
     assert compute_rank_correlation(a, b).tolist() == pytest.approx([0.8, -1, 0], abs=1e-6)  # 1 - 6 * 2 / (4 * 15)
-    assert compute_rank_correlation(a, a.exp()).tolist() == pytest.approx([1, 1, 1])  # ranks only
+    assert compute_rank_correlation(a, a.exp()).tolist() == pytest.approx([1, 1, 1])  # only ranks count
 
 
-def test_rank_correlation_and_its_ties_agree_with_scipy():
+def test_rank_correlation_with_ties_agrees_with_scipy():
     stats = pytest.importorskip("scipy.stats")
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(0, 5, (4, 6, 6), generator=generator).float() for _ in range(2))
@@ -31,13 +31,13 @@ def test_rank_correlation_and_its_ties_agree_with_scipy():
     assert compute_rank_correlation(a, b).tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_ssim_by_hand():
+def test_ssim_known_values():
     a = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert compute_ssim(a, a).tolist() == pytest.approx([1, 1])
     x, y = torch.full((1, 16, 16), 0.2).double(), torch.full((1, 16, 16), 0.6).double()
-    assert compute_ssim(x, y).item() == pytest.approx((2 * 0.12 + 1e-4) / (0.04 + 0.36 + 1e-4))  # no structure: luminance alone
+    assert compute_ssim(x, y).item() == pytest.approx((2 * 0.12 + 1e-4) / (0.04 + 0.36 + 1e-4))  # constant maps: luminance alone
     assert compute_ssim(a, 1 - a).max() < 0 and torch.allclose(compute_ssim(a, 1 - a), compute_ssim(1 - a, a))
-    ramp = torch.arange(121.0, dtype=torch.float64).view(1, 11, 11) / 121  # one window: weighted moments, written out
+    ramp = torch.arange(121.0, dtype=torch.float64).view(1, 11, 11) / 121  # a single window: its weighted moments
     offsets = torch.arange(-5.0, 6, dtype=torch.float64)
     weight = torch.exp(-(offsets[:, None] ** 2 + offsets**2) / 4.5)
     weight = weight / weight.sum()
@@ -48,11 +48,11 @@ def test_ssim_by_hand():
     )
     expected = (2 * mean_u * mean_v + 1e-4) * (2 * cov + 9e-4) / ((mean_u**2 + mean_v**2 + 1e-4) * (var_u + var_v + 9e-4))
     assert compute_ssim(ramp, v[None]).item() == pytest.approx(expected.item())
-    with pytest.raises(ValueError, match=r"maps of \(8, 8\) are too small"):
+    with pytest.raises(ValueError, match=r"maps must be at least 11 x 11 .* got \(8, 8\)"):
         compute_ssim(a[:, :8, :8], a[:, :8, :8])
 
 
-def test_stages_run_from_the_output_down():
+def test_parameter_groups_are_listed_from_the_output_down():
     assert list_parameter_groups(SmallResNet()) == ["head", "layer4", "layer3", "layer2", "layer1", "stem"]
     assert list_parameter_groups(torchvision.models.resnet18()) == ["fc", "layer4", "layer3", "layer2", "layer1", "bn1", "conv1"]
     vit = torchvision.models.VisionTransformer(32, 8, num_layers=3, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=4)
@@ -61,7 +61,7 @@ def test_stages_run_from_the_output_down():
     assert list_parameter_groups(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(4, 2))) == ["2", "0"]
 
 
-def test_randomise_keeps_the_scale_and_is_seeded():
+def test_randomise_tensors_keeps_the_scale_and_is_seeded():
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(200, 200), nn.BatchNorm1d(200))
     layer[1].running_var.uniform_(0.5, 2)
@@ -76,7 +76,16 @@ def test_randomise_keeps_the_scale_and_is_seeded():
     torch.testing.assert_close(again.state_dict(), after)
 
 
-def test_cascading_accumulates_and_independent_does_not():
+def test_randomised_running_variances_are_positive():
+    """Most entries are near 0, with a few large ones, so that a third of the normal draws are negative."""
+    norm = nn.BatchNorm1d(200)
+    norm.running_var.copy_(torch.rand(200, generator=torch.Generator().manual_seed(0)) ** 8)
+    randomise_tensors(norm.state_dict())
+    assert (norm.running_var > 0).all()
+    assert (norm.running_mean == 0).all()  # equal entries do not change
+
+
+def test_only_cascading_randomisation_accumulates():
     model = SmallResNet().eval()
     state = copy.deepcopy(model.state_dict())
 
@@ -94,7 +103,7 @@ def test_cascading_accumulates_and_independent_does_not():
     torch.testing.assert_close(model.state_dict(), state)
 
 
-def test_what_belongs_to_no_stage_comes_last_and_other_buffers_stay():
+def test_parameters_of_no_stage_come_last_and_other_buffers_do_not_change():
     vit = torchvision.models.VisionTransformer(32, 8, num_layers=3, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=4)
     torch.nn.init.normal_(vit.class_token)
     vit.register_buffer("constant", torch.rand(4))
@@ -105,7 +114,7 @@ def test_what_belongs_to_no_stage_comes_last_and_other_buffers_stay():
     assert [stage for stage, _ in iterate_randomised_models(nn.Linear(3, 4))] == ["the rest"]
 
 
-def test_the_check_tells_a_map_of_the_model_from_one_of_the_picture():
+def test_randomise_parameters_detects_a_map_of_the_image_only():
     torch.manual_seed(0)
     model = SmallResNet().eval()
     images, classes = torch.rand(3, 3, 64, 64) * 255, torch.tensor([1, 2, 3])

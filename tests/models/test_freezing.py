@@ -10,6 +10,7 @@ from torchvision import models
 from scanlib import SmallResNet
 from scanlib.layers import eval_mode
 from scanlib.models.freezing import FrozenStages, list_stages
+from scanlib.models.small import Normalize
 
 NORM = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -24,8 +25,8 @@ def tiny_densenet():
     return torchvision.models.DenseNet(4, (2, 2, 2), 8, num_classes=5)
 
 
-def trained(frozen, steps=3):
-    """The state before and after a few steps on noise, as anyone writes them; every parameter is given to the optimizer."""
+def train_on_noise(frozen, steps=3):
+    """Train all parameters for a few steps. Return the names of the state that did not change, and all names."""
     before = copy.deepcopy(frozen.model.state_dict())
     optimizer = torch.optim.AdamW(frozen.parameters(), 1e-2, weight_decay=0.1)
     for _ in range(steps):
@@ -36,7 +37,7 @@ def trained(frozen, steps=3):
     return {name for name in before if torch.equal(before[name], after[name])}, set(before)
 
 
-# --- stages ---
+# --- list_stages ---
 
 
 @pytest.mark.parametrize(
@@ -52,32 +53,32 @@ def trained(frozen, steps=3):
         ("inception_v3", [f"Mixed_{i}" for i in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")]),
     ],
 )
-def test_stages_of_torchvision(name, expected):
+def test_list_stages_of_torchvision_models(name, expected):
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    with torch.device("meta"):  # names need no numbers
+    with torch.device("meta"):
         model = models.get_model(name, weights=None, **options)
     assert list_stages(model) == expected
 
 
-def test_stages_of_small_models():
+def test_list_stages_of_small_models():
     assert list_stages(SmallResNet()) == ["layer1", "layer2", "layer3", "layer4"]
     assert list_stages(tiny_vit()) == [f"encoder.layers.encoder_layer_{i}" for i in range(3)]
     assert list_stages(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))) == ["0", "2"]
     assert list_stages(nn.Linear(3, 2)) == []
 
 
-def test_stages_of_timm():
+def test_list_stages_of_a_timm_model():
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         model = timm.create_model("resnest26d")
     assert list_stages(model) == ["layer1", "layer2", "layer3", "layer4"]
 
 
-# --- Frozen ---
+# --- FrozenStages ---
 
 
 @pytest.mark.parametrize(
-    ("make", "count", "front"),
+    ("build", "count", "front"),
     [
         (lambda: models.resnet18(num_classes=5), 2, ("conv1", "bn1", "layer1", "layer2")),
         (lambda: models.resnet18(num_classes=5), 4, ("conv1", "bn1", "layer")),
@@ -102,56 +103,56 @@ def test_stages_of_timm():
     ],
     ids=["resnet18", "resnet18-all", "signs_cnn", "mobilenet", "densenet", "vit"],
 )
-def test_frozen_parts_stay_bit_equal_and_the_others_move(make, count, front):
+def test_only_the_stages_behind_the_frozen_ones_are_trained(build, count, front):
     torch.manual_seed(0)
-    frozen = FrozenStages(make(), count).train()
-    same, names = trained(frozen)
+    frozen = FrozenStages(build(), count).train()
+    same, names = train_on_noise(frozen)
     assert same == {name for name in names if name.startswith(front)}
     for name, parameter in frozen.model.named_parameters():
         assert (parameter.grad is None) == (not parameter.requires_grad) == name.startswith(front), name
 
 
-def test_a_frozen_resnest_stays_bit_equal():
+def test_frozen_stages_of_a_timm_model_are_unchanged():
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     frozen = FrozenStages(timm.create_model("resnest26d", num_classes=5), 2).train()
-    same, names = trained(frozen, steps=2)
+    same, names = train_on_noise(frozen, steps=2)
     front = {name for name in names if name.startswith(("conv1", "bn1", "layer1", "layer2"))}
     assert same == front and any(name.endswith(NORM) for name in front)
 
 
-def test_the_features_of_frozen_stages_do_not_change():
+def test_features_of_frozen_stages_are_unchanged():
     torch.manual_seed(0)
     frozen, images = FrozenStages(tiny_densenet(), 2).train(), torch.rand(2, 3, 32, 32)
 
-    def features():
-        kept = []
-        handle = frozen.model.features.denseblock2.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    def compute_features():
+        outputs = []
+        handle = frozen.model.features.denseblock2.register_forward_hook(lambda module, inputs, output: outputs.append(output))
         with torch.no_grad():
             frozen(images)
         handle.remove()
-        return kept[0]
+        return outputs[0]
 
-    before = features()
-    trained(frozen)
-    assert torch.equal(before, features())
+    before = compute_features()
+    train_on_noise(frozen)
+    assert torch.equal(before, compute_features())
 
 
-def test_zero_freezes_nothing():
+def test_count_zero_freezes_nothing():
     torch.manual_seed(0)
     frozen = FrozenStages(SmallResNet()).train()
     assert all(module.training for module in frozen.modules())
-    assert trained(frozen)[0] == set()
+    assert train_on_noise(frozen)[0] == set()
 
 
-def test_frozen_as_soon_as_it_is_made():
-    """Nothing moves even if nobody calls train(): models are made in train mode."""
+def test_stages_are_frozen_without_a_call_of_train():
+    """A new module is in train mode."""
     torch.manual_seed(0)
-    same, names = trained(FrozenStages(SmallResNet(), 1))
+    same, names = train_on_noise(FrozenStages(SmallResNet(), 1))
     assert same == {name for name in names if name.startswith(("stem", "layer1"))}
 
 
-def test_train_and_eval():
+def test_train_and_eval_set_the_mode_of_the_other_modules():
     frozen = FrozenStages(SmallResNet(), 2)
     model = frozen.model
     front = [module for part in (model.stem, model.layer1, model.layer2) for module in part.modules()]
@@ -161,13 +162,13 @@ def test_train_and_eval():
         assert not any(module.training for module in front) and all(module.training for module in [*rest, model])
         assert frozen.eval() is frozen
         assert not any(module.training for module in frozen.modules())
-    nn.Sequential(frozen).train()  # as a part of another
+    nn.Sequential(frozen).train()  # as a child of another module
     assert all(module.training for module in rest) and not any(module.training for module in front)
     copied = copy.deepcopy(frozen).train().model
     assert copied.layer3.training and not copied.layer2.training and model.layer3.training
 
 
-def test_evaluating_leaves_the_modes_as_they_were():
+def test_eval_mode_restores_all_modes():
     frozen = FrozenStages(SmallResNet(), 2).train()
     modes = [module.training for module in frozen.modules()]
     with eval_mode(frozen):
@@ -175,8 +176,8 @@ def test_evaluating_leaves_the_modes_as_they_were():
     assert [module.training for module in frozen.modules()] == modes
 
 
-class Odd(nn.Module):
-    """A head written down first, and dropout by function."""
+class HeadFirstNet(nn.Module):
+    """Its head is the first child, and its forward applies dropout."""
 
     def __init__(self):
         super().__init__()
@@ -187,8 +188,8 @@ class Odd(nn.Module):
         return self.head(F.dropout(self.block2(self.block1(x)).mean((2, 3)), 0.5, self.training))
 
 
-def test_what_is_around_trained_parts_keeps_its_mode():
-    frozen = FrozenStages(Odd(), 1)
+def test_modules_that_contain_trained_ones_keep_their_mode():
+    frozen = FrozenStages(HeadFirstNet(), 1)
     assert [name for name, p in frozen.model.named_parameters() if not p.requires_grad] == ["block1.weight", "block1.bias"]
     x = torch.rand(8, 3, 8, 8)
     frozen.train()
@@ -198,17 +199,16 @@ def test_what_is_around_trained_parts_keeps_its_mode():
 
 
 @pytest.mark.parametrize("count", [-1, 5])
-def test_more_stages_than_there_are(count):
-    with pytest.raises(
-        ValueError, match=f"freeze {count} is out of range: the backbone has 4 stages, layer1, layer2, layer3, layer4"
-    ):
+def test_frozen_stages_raises_for_a_count_out_of_range(count):
+    message = rf"number of frozen stages must be in 0\.\.4, got {count}; stages: layer1, layer2, layer3, layer4"
+    with pytest.raises(ValueError, match=message):
         FrozenStages(SmallResNet(), count)
 
 
-@pytest.mark.parametrize("make", [SmallResNet, tiny_vit, tiny_densenet])
-def test_outputs_are_the_plain_models(make):
+@pytest.mark.parametrize("build", [SmallResNet, tiny_vit, tiny_densenet])
+def test_outputs_equal_those_of_the_model(build):
     torch.manual_seed(0)
-    model = make()
+    model = build()
     x = torch.rand(4, 3, 32, 32)
     for count in (0, 2):
         frozen = FrozenStages(copy.deepcopy(model), count)
@@ -219,3 +219,9 @@ def test_outputs_are_the_plain_models(make):
     expected = plain(x)
     torch.manual_seed(1)
     assert torch.equal(frozen(x), expected)
+
+
+def test_preprocess_is_an_attribute_that_forward_does_not_apply():
+    frozen, images = FrozenStages(SmallResNet(), 1, Normalize()).eval(), torch.rand(2, 3, 64, 64) * 255
+    assert torch.equal(frozen(images), frozen.model(images)) and frozen.preprocess(images).max() <= 2
+    assert torch.equal(FrozenStages(SmallResNet()).preprocess(images), images)

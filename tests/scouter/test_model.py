@@ -17,8 +17,8 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def in_numpy(module, values, positions, classes, sign, rescale, bias):
-    """The paper's equations for one picture, slot by slot: V (N, d), P (N, d) -> logits (K,), attention (K, slots, N)."""
+def attend_in_numpy(module, values, positions, classes, sign, rescale, bias):
+    """Compute the paper's equations for one image, slot by slot: V (N, d), P (N, d) -> logits (K,), attention (K, slots, N)."""
     w = {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
     N, d = values.shape
     keys = values + positions
@@ -47,54 +47,59 @@ def in_numpy(module, values, positions, classes, sign, rescale, bias):
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(("rescale", "bias"), [(False, 0), (True, 0), (False, 2)])
-def test_the_equations_in_numpy(slots, sign, rescale, bias):
+def test_slot_attention_equals_equations_in_numpy(slots, sign, rescale, bias):
     torch.manual_seed(slots)
     module = XSlotAttention(4, 8, slots, key_layers=slots, sign=sign, rescale=rescale, bias=bias).double()
     values, positions = torch.rand(2, 15, 8).double(), encode_positions(3, 5, 8).double()
     logits, attention = module(values, positions)
     for i in range(2):
-        expected = in_numpy(module, values[i].numpy(), positions.numpy(), 4, sign, rescale, bias)
+        expected = attend_in_numpy(module, values[i].numpy(), positions.numpy(), 4, sign, rescale, bias)
         np.testing.assert_allclose(logits[i].detach(), expected[0], atol=1e-6)
         np.testing.assert_allclose(attention[i].detach(), expected[1], atol=1e-6)
     mass = torch.einsum("bksn,bn->bk", attention, values.mean(2))
-    torch.testing.assert_close(logits, sign * mass, atol=1e-12, rtol=0)  # the score is the explanation
+    torch.testing.assert_close(logits, sign * mass, atol=1e-12, rtol=0)  # a logit is the sum over its own map
     assert (sign * logits >= 0).all() and attention.min() > 0 and attention.max() < 1
 
 
-def test_gradients():
+def test_gradients_of_attention_and_loss():
     torch.manual_seed(0)
     module = XSlotAttention(3, 4, 2, key_layers=2).double()
     values, positions = torch.rand(1, 6, 4).double().requires_grad_(), encode_positions(2, 3, 4).double()
     assert torch.autograd.gradcheck(lambda v: tuple(module(v, positions)), values)
     parameters = dict(module.named_parameters())
 
-    def of_weights(*weights):
+    def compute_loss(*weights):
         slots = torch.func.functional_call(module, dict(zip(parameters, weights, strict=True)), (values.detach(), positions))
         return compute_scouter_loss(*slots, torch.tensor([1]), lam=10.0)
 
-    assert torch.autograd.gradcheck(of_weights, tuple(parameters.values()))
+    assert torch.autograd.gradcheck(compute_loss, tuple(parameters.values()))
 
 
-def test_a_zero_row_sum_is_a_clear_error():
+def test_rescale_raises_for_zero_row_sum():
     module = XSlotAttention(3, 4, rescale=True)
     nn.init.zeros_(module.slots)
-    with pytest.raises(FloatingPointError, match="scores sum to zero.*rescale=False"):
+    with pytest.raises(FloatingPointError, match="rescale must be False .* sum to zero"):
         module(torch.rand(2, 6, 4), encode_positions(2, 3, 4))
     module.rescale = False
     assert module(torch.rand(2, 6, 4), encode_positions(2, 3, 4)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"sign": 0}, "sign 0"), ({"slots": 0}, "slots 0"), ({"key_layers": 0}, "key_layers 0")]
+    ("options", "message"),
+    [
+        ({"sign": 0}, "sign must be .* got 0"),
+        ({"slots": 0}, "slots must be .* got 0"),
+        ({"key_layers": 0}, "key_layers must be .* got 0"),
+    ],
 )
-def test_bad_arguments(options, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_arguments_raise(options, message):
+    with pytest.raises(ValueError, match=message):
         XSlotAttention(3, 4, **options)
-    with pytest.raises(ValueError, match="channels 6 must be a multiple of 4"):
+    with pytest.raises(ValueError, match="channels must be a multiple of 4 .* got 6"):
         Scouter(TinyNet(), 3, channels=6, image_size=32)
 
 
-def test_position_code_by_hand():
+def test_encode_positions_equals_values_by_hand():
     code = encode_positions(2, 3, 8)  # (6, 8): two frequencies, 1 and 10000 ** -0.5
     assert code.shape == (6, 8)
     row, column = 2 * math.pi * 2 / 2, 2 * math.pi * 1 / 3  # the second row, the first column
@@ -102,7 +107,7 @@ def test_position_code_by_hand():
     torch.testing.assert_close(code[3], torch.tensor(expected), atol=1e-6, rtol=0)
 
 
-def test_loss_by_hand():
+def test_loss_equals_values_by_hand():
     logits, attention = torch.tensor([[2.0, 0, 0]]), torch.tensor([0.2, 0.4]).expand(1, 3, 1, 2)
     entropy = math.log(math.exp(2) + 2) - 2
     labels = torch.tensor([0])
@@ -117,33 +122,33 @@ def scouter():
     return Scouter(TinyNet(), 5, slots=2, channels=8, image_size=32, preprocess=lambda x: x / 255).eval()
 
 
-def test_the_backbone_is_copied_and_cut(scouter, tiny, images):
+def test_backbone_is_copied_and_its_head_removed(scouter, tiny, images):
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
-    made = Scouter(tiny, 7, "front", channels=8, image_size=32)
-    assert made(images).shape == (4, 7)
+    other = Scouter(tiny, 7, "front", channels=8, image_size=32)
+    assert other(images).shape == (4, 7)
     for name, value in tiny.state_dict().items():
         assert torch.equal(value, before[name])
-    names = [name for name, _ in made.backbone.named_parameters()]
+    names = [name for name, _ in other.backbone.named_parameters()]
     assert any("front" in name for name in names) and not any("back.0" in name or "head" in name for name in names)
     with FeatureTap(tiny, "front") as tap:
         tap(images)
-        torch.testing.assert_close(made.eval().features(images), tap.features)
-    made.train()(images).sum().backward()
-    assert made.backbone.model.front[0].weight.grad is not None and tiny.front[0].weight.grad is None
+        torch.testing.assert_close(other.eval().extract_features(images), tap.features)
+    other.train()(images).sum().backward()
+    assert other.backbone.model.front[0].weight.grad is not None and tiny.front[0].weight.grad is None
 
 
 @pytest.mark.parametrize("size", [(64, 64), (224, 224), (260, 260), (96, 64)])
-def test_any_size_of_picture(size):
+def test_any_image_size(size):
     torch.manual_seed(0)
     scouter = Scouter(torchvision.models.resnet18(), 4, image_size=size, channels=16, freeze=2)
     with torch.no_grad():
         logits, attention = scouter.attend(torch.rand(2, 3, *size))
     grid = tuple(math.ceil(side / 32) for side in size)
     assert logits.shape == (2, 4) and attention.shape == (2, 4, 1, *grid)
-    assert scouter.explain(255 * torch.rand(2, 3, *size), 1).shape == (2, *size)
+    assert scouter.as_explainer()(255 * torch.rand(2, 3, *size), 1).shape == (2, *size)
 
 
-def test_a_vision_transformer(images):
+def test_vision_transformer_as_backbone(images):
     vit = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=3)
     scouter = Scouter(vit, 3, channels=8, image_size=32, freeze=1)
     logits, attention = scouter.train().attend(images)
@@ -159,7 +164,7 @@ def test_one_channel_and_double_precision():
     assert scouter(torch.rand(2, 1, 31, 31).double()).dtype == torch.float64
 
 
-def test_what_is_behind_is_let_go_with_all_that_is_in_it():
+def test_container_behind_the_layer_is_removed():
     class Listed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -173,91 +178,105 @@ def test_what_is_behind_is_let_go_with_all_that_is_in_it():
     assert [name for name, _ in scouter.backbone.model.named_parameters()] == ["0.weight", "0.bias"]
 
 
-def test_a_size_that_the_backbone_does_not_take():
+def test_image_size_that_does_not_fit_raises():
     vit = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=3)
-    with pytest.raises(ValueError, match="image_size 48 does not fit the backbone"):
+    with pytest.raises(ValueError, match="image_size must fit the backbone, got 48"):
         Scouter(vit, 3, image_size=48)
 
 
-def test_maps_by_hand(scouter, images):
+def test_maps_equal_attention(scouter, images):
     with torch.no_grad():
         logits, attention = scouter.attend(images / 255)
     raw = attention.sum(2)  # (4, 5, 8, 8)
     predicted = logits.argmax(1)
-    torch.testing.assert_close(scouter.explain(images, normalize=False), raw[torch.arange(4), predicted])
-    torch.testing.assert_close(scouter.explain(images, 3, normalize=False), raw[:, 3])
-    torch.testing.assert_close(scouter.explain(images, [0, 1, 2, 3], normalize=False), raw[torch.arange(4), torch.arange(4)])
-    unlike = scouter.explain(images, lambda row: row[3] - 2 * row[4], normalize=False)  # for 3, and against 4
-    torch.testing.assert_close(unlike, raw[:, 3] - 2 * raw[:, 4])
+    torch.testing.assert_close(scouter.as_explainer()(images, normalize=False), raw[torch.arange(4), predicted])
+    torch.testing.assert_close(scouter.as_explainer()(images, 3, normalize=False), raw[:, 3])
+    torch.testing.assert_close(
+        scouter.as_explainer()(images, [0, 1, 2, 3], normalize=False), raw[torch.arange(4), torch.arange(4)]
+    )
+    difference = scouter.as_explainer()(images, lambda row: row[3] - 2 * row[4], normalize=False)  # for 3 and against 4
+    torch.testing.assert_close(difference, raw[:, 3] - 2 * raw[:, 4])
 
-    maps = scouter.heat_maps(images)
-    low, high = raw[1].min(), raw[1].max()  # one range for all classes of a picture
+    maps = scouter.compute_all_maps(images)
+    low, high = raw[1].min(), raw[1].max()  # one range for all classes of an image
     expected = torch.nn.functional.interpolate(
         ((raw[1] - low) / (high - low))[None], size=(32, 32), mode="bilinear", align_corners=False
     )[0]
     torch.testing.assert_close(maps[1], expected)
     assert maps.shape == (4, 5, 32, 32) and maps.min() >= 0 and maps.max() <= 1
-    torch.testing.assert_close(scouter.explain(images, 2), maps[:, 2])
+    torch.testing.assert_close(scouter.as_explainer()(images, 2), maps[:, 2])
 
 
-def test_the_common_call_refuses_and_leaves_the_model(scouter, images):
+def test_explainer_raises_for_bad_targets_and_leaves_model_unchanged(scouter, images):
     scouter.train()
     before = {name: value.clone() for name, value in scouter.state_dict().items()}
-    scouter.explain(images)
-    with pytest.raises(ValueError, match="target has 2 classes for 4 images"):
-        scouter.explain(images, [0, 1])
+    scouter.as_explainer()(images)
+    with pytest.raises(ValueError, match="got 2 classes for 4 images"):
+        scouter.as_explainer()(images, [0, 1])
     with pytest.raises(ValueError, match="target class 5 is out of range"):
-        scouter.explain(images, 5)
+        scouter.as_explainer()(images, 5)
     with pytest.raises(ValueError, match="NaN"):
-        scouter.explain(images * math.nan)
-    assert scouter.explain(images[:0]).shape == (0, 32, 32)
+        scouter.as_explainer()(images * math.nan)
     assert scouter.training and all(torch.equal(value, before[name]) for name, value in scouter.state_dict().items())
     assert all(parameter.grad is None for parameter in scouter.parameters())
     with torch.inference_mode():
-        assert scouter.explain(images).shape == (4, 32, 32)
+        assert scouter.as_explainer()(images).shape == (4, 32, 32)
 
 
-def test_a_cam_explains_a_scouter_too(scouter, images):
+def test_single_image_and_empty_batch(scouter, images):
+    explainer = scouter.as_explainer()
+    torch.testing.assert_close(explainer(images[1], 2), explainer(images, 2)[1])
+    torch.testing.assert_close(scouter.compute_all_maps(images[1]), scouter.compute_all_maps(images)[1])
+    assert explainer(images[:0]).shape == (0, 32, 32) and scouter.compute_all_maps(images[:0]).shape == (0, 5, 32, 32)
+
+
+def test_class_names(scouter, tiny):
+    named = Scouter(tiny, ["cat", "dog"], channels=8, image_size=32)
+    assert named.classes == ["cat", "dog"] and scouter.classes == ["0", "1", "2", "3", "4"]
+    assert named.slot_attention.classes == 2
+
+
+def test_cam_explains_a_scouter(scouter, images):
     maps = GradCAM(scouter, "backbone.model.back", preprocess=lambda x: x / 255)(images)
     assert maps.shape == (4, 32, 32) and maps.max() > 0
 
 
-def test_figures_by_hand():
-    slots = SlotOutput(
+def test_metrics_equal_values_by_hand():
+    output = SlotOutput(
         torch.tensor([[3.0, 1], [0, 4]]), torch.tensor([[[[0.2, 0.4]], [[0.6, 0.8]]], [[[0.0, 0.0]], [[1.0, 0.0]]]])
     )
     labels = torch.tensor([0, 1])
     for metric, expected in ((Area(), (0.5 + 0.25) / 2), (OwnArea(), (0.3 + 0.5) / 2), (LogitRange(), (2 + 4) / 2)):
-        metric.update(labels[:1], SlotOutput(*(x[:1] for x in slots)))
-        metric.update(labels[1:], SlotOutput(*(x[1:] for x in slots)))
+        metric.update(SlotOutput(*(x[:1] for x in output)), labels[:1])
+        metric.update(SlotOutput(*(x[1:] for x in output)), labels[1:])
         assert metric.compute() == pytest.approx(expected)
         metric.reset()
         assert math.isnan(metric.compute())
 
 
-def test_dead_slots_stop_the_training_with_advice(scouter, images):
+def test_equal_logits_stop_training(scouter, images):
     nn.init.constant_(scouter.slot_attention.slots, 0)
-    nn.init.zeros_(scouter.slot_attention.update.weight_hh)  # all classes have the same slot: nothing tells them apart
+    nn.init.zeros_(scouter.slot_attention.update.weight_hh)  # all classes have the same slot, so their logits are equal
     step = build_scouter_step(scouter, lam=30, patience=3)
     batch = (images, torch.tensor([0, 1, 2, 3]))
     step(batch, True)
     step(batch, True)
     step(batch, False)  # validation does not count
-    with pytest.raises(FloatingPointError, match="the slots died: for 3 steps .* lam below 30"):
+    with pytest.raises(FloatingPointError, match="the slots no longer learn: all logits were equal for 3 steps .* lam below 30"):
         step(batch, True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_half_precision_on_a_gpu(scouter, images):
-    expected = scouter.explain(images, 1)
+    expected = scouter.as_explainer()(images, 1)
     half = scouter.cuda().half()
-    torch.testing.assert_close(half.explain(images.cuda(), 1).cpu().float(), expected, atol=0.05, rtol=0)
+    torch.testing.assert_close(half.as_explainer()(images.cuda(), 1).cpu().float(), expected, atol=0.05, rtol=0)
 
 
 def test_bfloat16_autocast(scouter, images):
-    exact = scouter.attend(images / 255)
+    expected = scouter.attend(images / 255)
     with torch.autocast("cpu", torch.bfloat16):
         found = scouter.attend(images / 255)
-    torch.testing.assert_close(found.attention.float(), exact.attention, atol=0.02, rtol=0)
-    assert found.logits.dtype == torch.float32  # sums are exact, whatever is summed
-    torch.testing.assert_close(found.logits, exact.logits, rtol=0.02, atol=0)
+    torch.testing.assert_close(found.attention.float(), expected.attention, atol=0.02, rtol=0)
+    assert found.logits.dtype == torch.float32  # bfloat16 is too coarse for sums
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0.02, atol=0)

@@ -1,11 +1,17 @@
-"""A decoder on disk, without a scanner; what a scanner makes of it is in test_scan.py."""
+"""Decoder files without a SCAN; test_scan.py tests them with one."""
 
 import pytest
 import torch
 from torch import nn
 
-from scanlib.decoders import build_decoder
-from scanlib.training.decoder_file import compute_fingerprint, read_decoder, write_decoder
+from scanlib.training.decoder_file import (
+    DecoderState,
+    build_decoder,
+    compute_fingerprint,
+    read_decoder,
+    validate_percentile,
+    write_decoder,
+)
 
 CONFIG = {"decoder": "ConvolutionalDecoder", "in_channels": 6, "grid": [4, 4], "image_size": [16, 16]}
 IDENTITY = {"layer": "features", "channels": 6, "grid": [4, 4]}
@@ -15,36 +21,36 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_saved_decoder_is_loaded(tmp_path):
     torch.manual_seed(0)
     decoder = build_decoder(CONFIG)
-    write_decoder(tmp_path / "d.pt", decoder, CONFIG, IDENTITY, 7, notes={"who": "me"})
-    found, config, saved = read_decoder(tmp_path / "d.pt", IDENTITY)
-    assert same(found, decoder) and not found.training and config == CONFIG
-    assert saved["weights"] == 7 and saved["notes"] == {"who": "me"}
-    with pytest.raises(ValueError, match=r"was trained for layer = features, this scanner has conv1"):
+    write_decoder(tmp_path / "d.pt", DecoderState(decoder, CONFIG, True), IDENTITY, 7, notes={"who": "me"})
+    state = read_decoder(tmp_path / "d.pt", IDENTITY)
+    assert same(state.module, decoder) and not state.module.training and state.config == CONFIG and state.is_trained
+    assert state.fingerprint == 7 and state.notes == {"who": "me"}
+    with pytest.raises(ValueError, match=r"must be a decoder for layer = conv1, got features"):
         read_decoder(tmp_path / "d.pt", IDENTITY | {"layer": "conv1"})
-    with pytest.raises(ValueError, match="does not fit its own description"):  # the identity says so, the config does not
-        write_decoder(tmp_path / "lie.pt", decoder, CONFIG | {"in_channels": 5}, IDENTITY, 7)
+    with pytest.raises(ValueError, match="does not match its own config"):
+        write_decoder(tmp_path / "lie.pt", DecoderState(decoder, CONFIG | {"in_channels": 5}, True), IDENTITY, 7)
         read_decoder(tmp_path / "lie.pt", IDENTITY)
 
 
-def test_a_module_of_ones_own_is_copied(tmp_path):
+def test_user_module_is_copied(tmp_path):
     own = nn.Conv2d(6, 4, 1)
-    write_decoder(tmp_path / "d.pt", own, None, IDENTITY, 7)
+    write_decoder(tmp_path / "d.pt", DecoderState(own, is_trained=True), IDENTITY, 7)
     with pytest.raises(ValueError, match="pass that module as decoder_model first"):
         read_decoder(tmp_path / "d.pt", IDENTITY)
     other = nn.Conv2d(6, 4, 1)
     before = other.weight.clone()
-    found, config, _ = read_decoder(tmp_path / "d.pt", IDENTITY, other)
-    assert config is None and same(found, own) and torch.equal(other.weight, before)
+    state = read_decoder(tmp_path / "d.pt", IDENTITY, other)
+    assert state.config is None and same(state.module, own) and torch.equal(other.weight, before)
 
 
-def test_weights_that_are_not_finite_are_not_written(tmp_path):
+def test_infinite_weights_are_not_saved(tmp_path):
     decoder = nn.Conv2d(6, 4, 1)
     decoder.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="not finite, so it was not saved"):
-        write_decoder(tmp_path / "d.pt", decoder, None, IDENTITY, 7)
+    with pytest.raises(ValueError, match="must be finite, got NaN"):
+        write_decoder(tmp_path / "d.pt", DecoderState(decoder, is_trained=True), IDENTITY, 7)
     assert not (tmp_path / "d.pt").exists()
 
 
@@ -54,7 +60,7 @@ def test_decoders_built_in_inference_mode_can_be_trained():
     assert not any(parameter.is_inference() for parameter in decoder.parameters())
 
 
-def test_fingerprints_tell_weights_apart():
+def test_fingerprint_differs_between_weights():
     torch.manual_seed(0)
     a, b = nn.Linear(3, 2), nn.Linear(3, 2)
     assert compute_fingerprint(a) != compute_fingerprint(b)
@@ -62,3 +68,10 @@ def test_fingerprints_tell_weights_apart():
     assert compute_fingerprint(a) == compute_fingerprint(b) and compute_fingerprint(nn.ReLU()) == compute_fingerprint(
         nn.Tanh()
     )  # no weights, no difference
+
+
+@pytest.mark.parametrize("percentile", [-1, 100.5, float("nan"), "95", None, [90, 95]])
+def test_validate_percentile_raises_outside_the_range(percentile):
+    assert validate_percentile(95) == 95.0
+    with pytest.raises(ValueError, match=r"percentile must be a number in \[0, 100\], got "):
+        validate_percentile(percentile)

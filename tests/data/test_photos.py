@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scanlib.data import PhotoFolder, read_image
+
+
+def save_image(path, size=(40, 30), colour=(200, 100, 50), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path, **options)
+
+
+def test_class_folders_are_numbered_in_order(tmp_path):
+    save_image(tmp_path / "cat" / "1.jpg")
+    save_image(tmp_path / "dog" / "deep" / "2.png")
+    folder = PhotoFolder(tmp_path, 16)
+    assert folder.classes == ["cat", "dog"] and folder.labels == [0, 1] and len(folder) == 2
+    image, label = folder[1]
+    assert image.shape == (3, 16, 16) and image.dtype == torch.float32 and label == 1
+    torch.testing.assert_close(image.mean((1, 2)), torch.tensor([200.0, 100, 50]), rtol=0, atol=1)
+
+
+def test_labels_are_indices_into_the_given_classes(tmp_path):
+    for name in ("Tabby", "tench", "nobody"):
+        save_image(tmp_path / name / "1.jpg")
+    with pytest.warns(UserWarning, match=r"1 folders .* not in classes, so their labels are unknown \(-1\): \['nobody'\]"):
+        folder = PhotoFolder(tmp_path, 16, classes=["tench", "goldfish", "tabby"])
+    assert {path.parent.name: label for path, label in zip(folder.files, folder.labels, strict=True)} == {
+        "Tabby": 2,
+        "tench": 0,
+        "nobody": -1,
+    }
+
+
+def test_images_without_class_folders_have_unknown_labels(tmp_path):
+    save_image(tmp_path / "a.jpg")
+    save_image(tmp_path / ".hidden.jpg")
+    save_image(tmp_path / ".thumbs" / "b.jpg")
+    assert [PhotoFolder(tmp_path, 8)[0][1]] == [-1] and len(PhotoFolder(tmp_path, 8)) == 1
+
+
+def test_unreadable_files_are_named_and_skipped(tmp_path):
+    save_image(tmp_path / "good.jpg", (300, 200))
+    whole = (tmp_path / "good.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "notes.txt").write_text("not an image, and not named as one")
+    with pytest.warns(UserWarning, match="3 of 4 images .* are skipped: cut.jpg, empty.png, text.png"):
+        folder = PhotoFolder(tmp_path, 8)
+    assert len(folder) == 1 and [path.name for path in folder.skipped] == ["cut.jpg", "empty.png", "text.png"]
+
+
+def test_read_image_converts_every_colour_mode_and_orientation(tmp_path):
+    for mode in ("L", "P", "RGBA", "CMYK", "1", "I;16"):
+        name = tmp_path / f"{mode.replace(';', '')}.tif"
+        Image.new("I;16", (9, 7)).save(name) if mode == "I;16" else save_image(name, mode=mode)
+        assert read_image(name, 8).shape == (3, 8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotated by 90 degrees
+    save_image(tmp_path / "rotated.jpg", (40, 20), exif=exif)
+    assert read_image(tmp_path / "rotated.jpg").shape == (3, 40, 20)
+
+
+def test_photo_folder_raises_for_a_missing_or_empty_folder(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="root must be a folder of images, or of one folder of images per class, got .*missing"
+    ):
+        PhotoFolder(tmp_path / "missing")
+    with pytest.raises(ValueError, match="root must have a readable image"):
+        PhotoFolder(tmp_path)
+
+
+def test_empty_folders_are_not_classes_and_links_are_followed(tmp_path):
+    root = tmp_path / "root"
+    save_image(root / "cat" / "1.JPG")
+    (root / "aa_empty").mkdir()
+    save_image(tmp_path / "elsewhere" / "2.png")
+    (root / "dog").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (root / "cat" / "loop").symlink_to(root, target_is_directory=True)
+    (root / "cat" / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
+    with pytest.warns(UserWarning, match="1 of 3 images .* dangling.jpg"):
+        folder = PhotoFolder(root, 8)
+    assert folder.classes == ["cat", "dog"] and folder.labels == [0, 1]
+    save_image(tmp_path / "named" / "Great_White_Shark" / "1.png")
+    assert PhotoFolder(tmp_path / "named", 8, classes=["tench", "great white shark"]).labels == [1]
+
+
+def test_read_image_scales_16_bit_images_and_crops_the_centre(tmp_path):
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "sixteen.png")
+    torch.testing.assert_close(read_image(tmp_path / "sixteen.png")[0], torch.tensor(ramp / 257).float(), rtol=0, atol=1)
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 255  # the middle third, a square
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert read_image(tmp_path / "wide.png", 10).mean() > 240
