@@ -1,8 +1,8 @@
 """Read a layer's features in a frozen model, and the gradient of a score at that layer.
 
-``FeatureTap`` hooks a layer, keeps its output F, and differentiates any score y_c with respect to F. The hook passes a detached
-copy of F on, so that autograd records only the part of the model after the layer. This works with frozen parameters and under
-``torch.no_grad``, needs no backward pass through the layers before, and never writes a ``.grad``.
+``FeatureTap`` hooks a layer, keeps its output F, and differentiates any score y_c with respect to F. The hook detaches F from
+the layers before it and passes a copy on, so autograd records only what is after the layer. This works with frozen parameters
+and under ``torch.no_grad``, needs no backward pass through the layers before, and never writes a ``.grad``.
 
     with FeatureTap(model, "layer4") as tap:
         logits = tap(inputs)                    # (B, K)
@@ -45,6 +45,8 @@ class FeatureTaps:
     def __init__(
         self, model: nn.Module, layers: Sequence[str | int | nn.Module], record: str | None = "after", create_graph: bool = False
     ):
+        if record not in ("after", "all", None):
+            raise ValueError(f"record must be 'after', 'all' or None, got {record!r}")
         self.model, self.record, self.create_graph = model, record, create_graph
         resolved = [resolve_layer(model, layer) for layer in layers]
         self.names, self.layers = [name for name, _ in resolved], [layer for _, layer in resolved]
@@ -52,7 +54,7 @@ class FeatureTaps:
         self._input_size: tuple[int, ...] = ()
         self._captured: dict[int, Tensor] = {}
         self._hooks, self._is_open = contextlib.ExitStack(), False
-        self._thread: int | None = None  # the thread in which the tap runs the model
+        self._thread: int | None = None  # in which the tap runs the model
 
     def __enter__(self):
         if self._is_open:
@@ -72,7 +74,7 @@ class FeatureTaps:
             return output
         tensor = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"layer {self.names[index]!r} returns {type(tensor).__name__}; tap a layer that returns a tensor")
+            raise TypeError(f"layer {self.names[index]!r} returns {type(tensor).__name__}; use a layer that returns a tensor")
         if self.record is None:
             self._captured[index] = tensor.detach().clone()  # the model may change the tensor in place
             return output
@@ -105,7 +107,7 @@ class FeatureTaps:
             self._thread = None
         for index, name in enumerate(self.names):
             if index not in self._captured:
-                raise RuntimeError(f"layer {name!r} did not run in the forward pass; tap a layer that the model calls")
+                raise RuntimeError(f"layer {name!r} did not run in the forward pass; use a layer that the model calls")
         self._input_size = tuple(inputs.shape[2:])
         return self.logits.detach() if isinstance(self.logits, Tensor) else self.logits
 
@@ -127,7 +129,7 @@ class FeatureTaps:
         """Compute d score / d features for each layer, shaped like its features.
 
         target: None (predicted class), a class, one class per image, or callables; see ``scanlib.targets``. Raises ValueError
-        for a class out of range, a wrong count, or a score that does not depend on a layer (a side branch).
+        for a class out of range, a wrong count, or a layer that does not influence the score.
         """
         gradients = []
         for name, gradient in zip(self.names, self._compute_gradients(self.captured, target), strict=True):
@@ -147,7 +149,7 @@ class FeatureTaps:
         return [next(found) if tensor.requires_grad else None for tensor in tensors]
 
     def _no_gradient_error(self, name: str) -> ValueError:
-        return ValueError(f"the score does not depend on layer {name!r}; tap one that the output depends on, outside any no_grad")
+        return ValueError(f"the score does not depend on layer {name!r}, or the model runs it under no_grad; use another layer")
 
 
 class FeatureTap(FeatureTaps):
@@ -155,8 +157,6 @@ class FeatureTap(FeatureTaps):
 
     Attributes after a call: ``features`` (the layer's output, in its own layout, detached), ``logits``, ``layout``.
     """
-
-    layout: Layout
 
     def __init__(self, model: nn.Module, layer: str | int | nn.Module):
         super().__init__(model, [layer])

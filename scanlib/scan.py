@@ -33,14 +33,14 @@ from scanlib.training.feature_cache import FeatureCache
 
 
 class SCAN:
-    """The published interface; set-up calls chain.
+    """SCAN with the interface of the authors' code. Each set-up method returns the scanner.
 
     Args:
-        target_model: the classifier, (N, 3, H, W) preprocessed -> logits (N, K). It stays frozen and keeps its mode.
+        target_model: the classifier, (N, 3, H, W) preprocessed -> logits (N, K). Its weights and its mode are not changed.
         target_layer: name, module, or index into ``list(model.modules())[1:]``.
         image_size: (H, W) that images are resized to.
         use_gradient_mask: False decodes all features and needs no gradient.
-        decoder_model: a decoder of your own, masked features -> (N, 4, h', w').
+        decoder_model: a decoder of your own, masked features -> (N, 4, h', w'). It is used as it is, trained or not.
         device: None uses CUDA if available, else the CPU. The model is moved there.
         num_classes: kept for compatibility; the number of classes is read from the logits.
         mask_by: what the percentile ranks: "gradient" (published), "attribution", "position", or, for transformers that attend
@@ -92,10 +92,10 @@ class SCAN:
     def set_dataset(self, dataloader: Iterable, use_augmentation: tuple[float, float] | bool = (70, 100)) -> "SCAN":
         """Set the training images: batches of (images, labels), or of images alone.
 
-        Masks use the gradient of the label, or of the predicted class where there is no label or it is below 0. To train several
+        Masks use the gradient of the label, or of the predicted class where there is no label or it is -1. To train several
         decoders on the same images pass the result of ``encode_dataset``: the model then runs once for all of them.
 
-        use_augmentation: range that the percentile is drawn from, for each image and visit. False masks by G > 0.
+        use_augmentation: range of the percentile, drawn each time an image is used. False masks by score > 0.
         """
         if use_augmentation is True:
             use_augmentation = (70, 100)
@@ -108,7 +108,7 @@ class SCAN:
         return self
 
     def set_validation_dataset(self, dataloader: Iterable) -> "SCAN":
-        """Set the images to validate on after each epoch. They are masked by G > 0."""
+        """Set the images to validate on after each epoch. They are masked by score > 0."""
         self.valid_dataset = dataloader
         return self
 
@@ -124,7 +124,7 @@ class SCAN:
         """Build the decoder for the target layer.
 
         is_Transformer: None chooses the transformer decoder for token layers and the convolutional one otherwise. False on a
-        token layer folds the tokens to their grid first. The other arguments are the decoders'; see ``ConvolutionalDecoder``.
+        token layer arranges the patch tokens as a grid first. For the other arguments see ``ConvolutionalDecoder``.
         """
         options = (is_Transformer, ch_per_lv, output_stride, upsampling, depth)
         self._set_decoder(DecoderState.build(self.layout, self.image_size, *options))
@@ -156,7 +156,7 @@ class SCAN:
 
         def run_step(batch, training: bool):
             features, scores, reference = batch
-            percentile: Tensor | float = 0.0  # the smallest positive score, so G > 0
+            percentile: Tensor | float = 0.0  # keeps all positive scores
             if training and isinstance(self.use_augmentation, tuple):
                 low, high = self.use_augmentation
                 percentile = low + (high - low) * torch.rand(len(features), device=features.device)
@@ -194,9 +194,9 @@ class SCAN:
         amp: bool = False,
         on_step: Callable[[Trainer], None] | None = None,
     ) -> dict[str, list[float]]:
-        """Train the decoder. Return {"loss", "val_loss", each metric's name, "val_" + it}: one value an epoch.
+        """Train the decoder. Return one value per epoch for "loss", "val_loss", each metric's class name and "val_" + that name.
 
-        checkpoint: file to save to and resume from. A run that is killed and started again ends with the same weights.
+        checkpoint: file to save to and resume from. A killed and resumed run ends with the weights of an uninterrupted one.
         cache: True keeps the features in memory, so that the frozen model runs once. "auto" does if there are several epochs, the
             features fit into ``cache_budget`` bytes and the images are the same in each epoch.
         amp: use bfloat16 autocast. on_step: called with the trainer after each step.
@@ -229,8 +229,8 @@ class SCAN:
     def encode_dataset(self, dataloader: Iterable, seed: int = 0, verbose: bool = True) -> FeatureCache:
         """Encode a loader's images once, for ``set_dataset``.
 
-        The cache serves all scanners with the same model, preprocessing, layer, ``mask_by``, device, and decoder size and kind.
-        Random augmentation in the loader is drawn once. Raises RuntimeError without a decoder.
+        The cache serves all scanners with the same model, layer, image size, masks, device, and decoder size and kind. The
+        preprocessing must be the same too; it is not checked. Random augmentation is drawn once.
         """
         return self._build_batch_encoder().build_cache(dataloader, seed, verbose)
 
@@ -247,7 +247,7 @@ class SCAN:
         Returns the confidence (H, W), float32 in [0, 1], and the reconstruction (H, W, 3), uint8, at ``image_size`` on the CPU;
         both with a leading N if the input has one.
 
-        class_idx: a class, one per image, or None for the predicted class. percentile: see ``decode``.
+        class_idx: a class, one per image, None for the predicted class, or callables. percentile: see ``decode``.
         """
         features, scores = self.extract(image, class_idx)
         confidence, reconstruction = self.decode(features, scores, percentile)
@@ -262,7 +262,7 @@ class SCAN:
     def extract(self, images: Tensor, target: Target = None) -> tuple[Tensor, Tensor]:
         """Return the features and mask scores of images, float32: (N, C, h, w), or tokens (N, T, C).
 
-        With them ``decode`` at any percentile does not run the model again. Without a gradient mask all scores are 1.
+        Pass them to ``decode``, which does not run the model. Without a gradient mask the scores are ones, (N, 1, 1, 1).
         """
         as_tokens = self._state is not None and self._state.uses_tokens
         return self.encoder.encode(self.encoder.prepare_images(images), target, as_tokens=as_tokens)
@@ -271,8 +271,8 @@ class SCAN:
     def decode(self, features: Tensor, scores: Tensor, percentile: float | Sequence[float] = 95) -> tuple[Tensor, Tensor]:
         """Return confidence (N, H, W), float32 in [0, 1], and reconstruction (N, H, W, 3), uint8, at ``image_size``.
 
-        percentile: share of the positive gradient entries to mask, in [0, 100]. High values keep the strongest evidence only.
-        Of several percentiles the mean is returned: locations that survive stricter masks rank higher.
+        percentile: share of the positive mask scores to mask, in [0, 100]. High values keep the strongest evidence only. Of
+        several percentiles the mean of the maps is returned.
         """
         outputs = self.decoder_state.decode(features, scores, percentile)
         outputs = F.interpolate(outputs, size=self.image_size, mode="bilinear", align_corners=False)
@@ -281,8 +281,7 @@ class SCAN:
 
     def blur_images(self, images: Tensor) -> Tensor:
         """Return the reference images that the decoder must reconstruct, in [-1, 1] at its resolution."""
-        size = self.decoder_state.measure_output_size(self.layout, self.device)
-        return self.encoder.blur(self.encoder.prepare_images(images), size)
+        return self.encoder.blur(self.encoder.prepare_images(images), self._build_batch_encoder().output_size)
 
     # --- decoders on disk ---
 
@@ -294,8 +293,8 @@ class SCAN:
     def load_decoder(self, path: str | os.PathLike) -> "SCAN":
         """Load a decoder that ``save_decoder`` wrote; its notes are in ``decoder_state.notes``.
 
-        Raises FileNotFoundError, and ValueError if the file is damaged, contains code, or belongs to another layer or model. The
-        scanner is then unchanged.
+        Raises FileNotFoundError, and ValueError if the file is damaged, contains code, or belongs to another layer or model; the
+        scanner is then unchanged. Warns if it was trained for other weights of the same architecture.
         """
         own = None if self._state is None else self._state.module
         saved = read_decoder(path, self.encoder.get_identity(), own)
@@ -317,7 +316,7 @@ class SCAN:
 
     @property
     def layer_name(self) -> str:
-        """Name of the target layer."""
+        """Name of the layer that is read; see ``layout``."""
         return self.encoder.layer_name
 
     @property

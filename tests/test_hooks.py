@@ -310,3 +310,8 @@ def test_tap_raises_if_opened_twice_or_read_when_closed(tiny, images):
     assert not tiny.back._forward_hooks
     with pytest.raises(RuntimeError, match="read it inside the `with`"):
         _ = tap.features
+
+
+def test_unknown_record_raises(tiny):
+    with pytest.raises(ValueError, match="record must be 'after', 'all' or None, got 'before'"):
+        FeatureTaps(tiny, ["back"], record="before")

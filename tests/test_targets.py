@@ -4,9 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from scanlib import CAM, FinerCAM, GradCAM, ScoreCAM
 from scanlib.targets import (
     BinaryScore,
     Contrast,
@@ -18,7 +16,6 @@ from scanlib.targets import (
     SegmentationScore,
     Similarity,
     compute_scores,
-    explain_log_probability,
     is_callable_target,
     resolve_classes,
     select_targets,
@@ -113,53 +110,6 @@ def test_log_probability_has_a_gradient_where_the_model_is_certain():
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match=r"target class 3 is out of range: the model has classes 0\.\.2"):
         LogProbability(3)(logits)
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
-    return nn.Sequential(*layers).eval()
-
-
-@pytest.mark.parametrize("method", [GradCAM, ScoreCAM])
-@pytest.mark.parametrize(
-    ("target", "classes"),
-    [
-        (torch.tensor([2, 0]), [2, 0]),
-        ([1, 2], [1, 2]),
-        (1, [1, 1]),
-        (torch.tensor(1), [1, 1]),
-        (np.int64(1), [1, 1]),
-    ],
-)
-def test_explain_log_probability_is_the_same_explainer_of_another_score(model, method, target, classes):
-    images, explainer = torch.rand(2, 3, 8, 8), method(model, "1")
-    explain = explain_log_probability(explainer)
-    scores = [LogProbability(c) for c in classes]
-    assert torch.equal(explain(images, target), explainer(images, scores))
-    assert torch.equal(explain(images, target, normalize=False), explainer(images, scores, normalize=False))
-
-
-def test_explain_log_probability_differs_from_the_logit(model):
-    images = torch.rand(2, 3, 8, 8)
-    assert not torch.allclose(explain_log_probability(GradCAM(model, "1"))(images, 1), GradCAM(model, "1")(images, 1))
-
-
-def test_explain_log_probability_takes_any_function(model):
-    explain = explain_log_probability(lambda images, target: target)
-    assert explain(torch.rand(2, 3, 8, 8), [1, 2]) == [LogProbability(1), LogProbability(2)]
-
-
-def test_explain_log_probability_raises_without_a_class(model):
-    with pytest.raises(ValueError, match="target must be a class or one per image, got None"):
-        explain_log_probability(GradCAM(model, "1"))(torch.rand(2, 3, 8, 8), None)
-
-
-@pytest.mark.parametrize("method", [CAM, FinerCAM])
-def test_methods_of_classes_reject_log_probabilities(model, method):
-    with pytest.raises(TypeError, match=f"target must be a class for {method.__name__}, .* got a callable"):
-        explain_log_probability(method(model, "1"))(torch.rand(2, 3, 8, 8), [0, 1])
 
 
 @pytest.mark.parametrize(

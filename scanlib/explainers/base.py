@@ -1,4 +1,4 @@
-"""The call that every explainer answers, and how its heat maps are brought to the image's size and to [0, 1].
+"""The base class of all explainers, and how heat maps are resized and scaled to [0, 1].
 
 explainer = GradCAM(model, target_layer=None, preprocess=preprocess)
 maps = explainer(images)                                # (N, 3, H, W) in [0, 255] -> (N, H, W) in [0, 1]
@@ -48,17 +48,17 @@ class Explainer:
         """Explain a batch of images.
 
         Args:
-            images: (N, 3, H, W) or a single (3, H, W), in [0, 255]. Models without 2-d convolutions also take signals
-                (N, C, L) and volumes (N, C, D, H, W).
+            images: (N, 3, H, W) or a single (3, H, W), in [0, 255]. A model without 2-d convolutions takes signals (N, C, L),
+                volumes (N, C, D, H, W), and images in batches only.
             target: None (predicted class), a class, one class per image, or callables; see ``scanlib.targets``.
             normalize: True returns maps in [0, 1] at the images' size, with negative values set to 0. False returns the raw
                 maps at feature resolution.
 
         Returns:
-            (N, H, W) on the images' device, or (H, W) for a single image.
+            (N, H, W) on the images' device, or (H, W) for a single image; (N, h, w) with normalize=False.
 
         Raises:
-            ValueError: for images of another shape, images with NaN, or a wrong number of classes.
+            ValueError: for images of another shape, images with NaN, a class out of range, or a list of another length than N.
         """
         return self._run(images, lambda inputs: self._compute_maps(inputs, target), normalize)
 
@@ -76,7 +76,7 @@ class Explainer:
             if len(maps) != len(batch):
                 raise ValueError(
                     f"{type(self).__name__} computed {len(maps)} maps for {len(batch)} images: the first axis of target_layer's "
-                    "output is not the batch; use another layer, or pass reshape where the method has it"
+                    "output is not the batch; use another layer, or pass reshape, if the method has that argument"
                 )
             maps = self._normalize(maps, batch.shape[2:]) if normalize else maps
         return (maps if batch.ndim == images.ndim else maps[0]).to(images.device)
@@ -128,8 +128,8 @@ def prepare_inputs(model: nn.Module, preprocess: Callable[[Tensor], Tensor], ima
 def choose_batch_size(images: Tensor, batch_size: int | None = None, model: nn.Module | None = None) -> int:
     """Choose how many images (N, C, H, W) to run at once; ``batch_size`` if it is given.
 
-    At most 64 images of 224 x 224 pixels; on the CPU 16, because larger batches were up to twice as slow. Pass ``model`` if it
-    may be on another device than the images. Raises ValueError for a batch_size below 1.
+    At most 64 images; on the CPU 32, or 16 of 224 x 224 pixels, because larger batches were up to twice as slow. Pass ``model``
+    if it may be on another device than the images. Raises ValueError for a batch_size below 1.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1 or None, got {batch_size}")

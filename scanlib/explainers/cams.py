@@ -1,4 +1,4 @@
-"""Class activation maps from gradients and principal components: one explainer for each formula in ``formulas``.
+"""Class activation maps: weights from gradients, principal components or the classifier's head; see ``formulas``.
 
 maps = GradCAM(model, "layer4", preprocess)(images)             # (N, 3, H, W) in [0, 255] -> (N, H, W) in [0, 1]
 maps = GradCAM(model, ["layer3", "layer4"], preprocess).explain_classes(images, [3, 7])     # (N, 2, H, W)
@@ -24,13 +24,13 @@ class CAMExplainer(Explainer):
     It runs ``_compute_class_maps`` (smoothing, fusion) -> ``_compute_layer_maps`` (formula) -> ``_compute_arguments``.
 
     Args:
-        target_layer: name, module, index, or a list of them to fuse. None uses the last layer with a spatial extent;
-            ``layers`` holds its name after the call.
+        target_layer: name, module, index, or a list of them to fuse. None uses
+            ``find_default_layer``; ``layers`` holds its name after the call.
         fuse: how to fuse several layers: "mean", "max", "product", "tanh" (Layer-CAM), or a function of the list of raw maps
             (N, h, w), resized to the largest. None uses the fusion of the method's paper, else "mean".
         reshape: function from the layer's output to (N, C, h, w). None infers it from the shape (CNNs, Swin, tokens).
         eigen_smooth: use the first principal component of the channels' contributions instead of their sum.
-        aug_smooth: average over six versions of the input: mirrored or not, scaled by 0.9, 1 and 1.1.
+        aug_smooth: average over six inputs: mirrored or not, their values multiplied by 0.9, 1 and 1.1.
         differentiable: keep the autograd graph, so that the maps can be differentiated with respect to images and weights.
 
     Raises ValueError for an unknown layer or fusion, and for options that the method does not support.
@@ -67,7 +67,9 @@ class CAMExplainer(Explainer):
         if eigen_smooth and self.is_component:
             raise ValueError(f"eigen_smooth must be False for {type(self).__name__}, whose map is a principal component already")
         if differentiable and (eigen_smooth or self.is_component):
-            raise ValueError("differentiable must be False for components, which swap where eigenvalues meet; use GradCAM")
+            raise ValueError(
+                "differentiable must be False for principal components, which have no derivative everywhere; use GradCAM"
+            )
         if eigen_smooth:
             self.formula = partial(self.formula, combine=compute_first_component)
         self.record = "all" if differentiable else "after" if self.needs_gradient else None
@@ -77,7 +79,7 @@ class CAMExplainer(Explainer):
         return f"{type(self).__name__}({type(self.model).__name__}, {', '.join(self.layers) or 'last spatial layer'})"
 
     def explain_classes(self, images: Tensor, classes: Sequence[Target], normalize: bool = True) -> Tensor:
-        """Explain the same images for K classes with one forward pass: (N, K, H, W), or (K, H, W) for a single image.
+        """Explain the same images for K classes with the forward passes of one: (N, K, H, W), or (K, H, W) for a single image.
 
         classes: K targets. images, normalize, and each target: as in ``__call__``; raw maps are (N, K, h, w).
         """
@@ -92,14 +94,16 @@ class CAMExplainer(Explainer):
         """Compute a raw map (N, h, w) for each target: smooth over changed inputs, fuse the layers."""
         layers = self.layers
         if self.target_layer is None:
-            self.layers = layers = [self._find_default_layer(inputs)]  # a record: other threads overwrite it
+            self.layers = layers = [self._find_default_layer(inputs)]  # for information: other threads may overwrite it
         if not self.aug_smooth:
             return [fuse_maps(maps, self.fuse) for maps in self._compute_layer_maps(inputs, targets, layers)]
         with torch.no_grad():
             logits = get_logits(self.model(inputs))
         if not isinstance(logits, Tensor) or logits.ndim != 2:
-            raise ValueError("aug_smooth must be False for this model: it mirrors the images but not the locations in a target")
-        targets = fix_targets(targets, logits)
+            raise ValueError(
+                "aug_smooth must be False for this model: it mirrors the images, but not the mask or boxes of a target"
+            )
+        targets = choose_classes_once(targets, logits)
         changed = [scale * x for x in (inputs, inputs.flip(-1)) for scale in (0.9, 1.0, 1.1)]
         runs = [[fuse_maps(maps, self.fuse) for maps in self._compute_layer_maps(x, targets, layers)] for x in changed]
         runs[3:] = [[maps.flip(-1) for maps in run] for run in runs[3:]]
@@ -129,7 +133,7 @@ class CAMExplainer(Explainer):
         return [at_least_float32(to_maps(tensor)) for to_maps, tensor in zip(convert, tensors, strict=True)]
 
 
-def fix_targets(targets: Sequence[Target], logits: Tensor) -> list[Target]:
+def choose_classes_once(targets: Sequence[Target], logits: Tensor) -> list[Target]:
     """Replace classes and None by one class per image, so that changed inputs are explained for the same classes."""
     return [target if is_callable_target(target) else resolve_classes(logits, target) for target in targets]
 
@@ -137,7 +141,7 @@ def fix_targets(targets: Sequence[Target], logits: Tensor) -> list[Target]:
 class CAM(CAMExplainer):
     """CAM (Zhou et al. 2016, Eq. 2): relu(sum_c w_c A_c), w the class's weights in the linear layer after the pooling.
 
-    fc_layer: that layer (Linear, or a 1x1 convolution): name, module or index; None searches it by its size. Targets must be
+    fc_layer: that layer (Linear, or a 1x1 convolution): name, module or index; None finds it by its size. Targets must be
     classes. Other arguments: see ``CAMExplainer``.
     """
 
@@ -202,7 +206,7 @@ class SmoothGradCAMPlusPlus(CAMExplainer):
         self.samples, self.std, self.seed = samples, std, seed
 
     def _compute_all_arguments(self, taps, inputs, targets):
-        targets = fix_targets(targets, taps.logits)
+        targets = choose_classes_once(targets, taps.logits)
         generator = torch.Generator(inputs.device).manual_seed(self.seed)
         means: list[list[list[Tensor | float]]] = [[[0.0] * 3 for _ in taps.names] for _ in targets]  # of G, G^2, G^3
         for _ in range(self.samples):

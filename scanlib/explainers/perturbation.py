@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from scanlib.explainers.base import at_least_float32, choose_batch_size, resize_map, scale_to_unit_range, to_channels_last
-from scanlib.explainers.cams import CAMExplainer, fix_targets
+from scanlib.explainers.cams import CAMExplainer, choose_classes_once
 from scanlib.explainers.formulas import weighted_sum
 from scanlib.explainers.replay import Replay
 from scanlib.layers import get_logits
@@ -66,7 +66,7 @@ class ScoreCAM(_PerturbationCAM):
         self.softmax, self.stretch, self.amp = softmax, stretch, amp
 
     def _compute_all_arguments(self, taps, inputs, targets):
-        targets = fix_targets(targets, taps.logits)
+        targets = choose_classes_once(targets, taps.logits)
         if self.softmax == "classes" and isinstance(taps.logits, Tensor) and taps.logits.shape[1] == 1:
             raise ValueError("softmax must be 'channels' for a model with a single output, whose softmax is always 1")
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
@@ -158,7 +158,7 @@ class AblationCAM(_PerturbationCAM):
     def _ablate_layer(self, inputs: Tensor, layer: str, targets: list[Target]) -> list[Tensor]:
         """Compute a raw map (N, h, w) of one layer for each target."""
         with Replay(self.model, layer, inputs) as replay:
-            A, targets = at_least_float32(replay.layout.to_maps(replay.features)), fix_targets(targets, replay.outputs)
+            A, targets = at_least_float32(replay.layout.to_maps(replay.features)), choose_classes_once(targets, replay.outputs)
             weights = torch.stack([self._compute_drops(replay, A, image, targets) for image in range(len(inputs))], 1)
         return [self.formula(A, of_target) for of_target in weights.to(A.dtype)]
 

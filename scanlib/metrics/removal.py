@@ -1,4 +1,4 @@
-"""Removal metrics: does the score fall where the map is high? Remove what the map ranks highest and measure the score.
+"""Removal metrics: does the score fall when the pixels with the highest map values are removed?
 
     score = build_class_score(model, preprocess, classes)
     deletion, insertion = compute_removal_curves(score, images, maps, patch=8, fill=fill_blur)  # (N, steps + 1) each
@@ -20,16 +20,16 @@ from scanlib.metrics.localisation import rank_pixels
 
 # images (B, 3, H, W) in [0, 255] and their indices (B,) -> scores (B,)
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
-# images (N, 3, H, W) -> what replaces removed pixels: images (N, 3, H, W), or a function from indices (B,) and removed locations
-# (B, H, W) bool to the images (B, 3, H, W) without them
+# A fill takes all images (N, 3, H, W). It returns replacement images (N, 3, H, W), or a function from indices (B,) and removed
+# locations (B, H, W) bool to images (B, 3, H, W) with these locations replaced.
 Fill = Callable[[Tensor], Tensor | Callable[[Tensor, Tensor], Tensor]]
 
 
 def build_class_score(model: nn.Module, preprocess: Callable[[Tensor], Tensor], classes: Tensor) -> ScoreFunction:
     """Return a score function for the metrics: the probability of each image's class, ``classes`` (N,) int64.
 
-    The probability is the softmax of the model's output in eval mode. If the rows of the first output are probabilities already
-    (no negative entry, sum 1), no softmax is applied, with a warning. The score raises ValueError for a single output.
+    The probability is the softmax of the model's output in eval mode. If the rows of the first output are probabilities
+    already (no negative entry, sum 1), no softmax is applied, with a warning. The score raises ValueError for a single output.
     """
     classes, has_probabilities = torch.as_tensor(classes), None
 
@@ -65,7 +65,7 @@ def fill_black(images: Tensor) -> Tensor:
 
 
 def fill_blur(images: Tensor, share: float = 0.25) -> Tensor:
-    """Fill with blurred images (N, 3, H, W): details below ``share`` of the side are removed by averaging and resizing."""
+    """Fill with blurred images (N, 3, H, W): averaging and resizing remove details smaller than ``share`` times the side."""
     small = F.interpolate(images, size=(max(1, round(2 / share)),) * 2, mode="area")
     return F.interpolate(small, size=images.shape[-2:], mode="bicubic", align_corners=False).clamp(0, 255)
 
@@ -114,7 +114,7 @@ def compute_removal_curves(
     """Compute deletion and insertion curves: the score while the highest locations of the map are removed, or inserted.
 
     Args:
-        score: score function, such as ``build_class_score`` returns.
+        score: score function, such as ``build_class_score`` returns. steps: number of removals until nothing is left.
         images, maps: (N, 3, H, W) in [0, 255] and (N, H, W), of any range: only the order of the locations counts.
         patch: side in pixels of the squares that are removed at once.
         fill: what replaces removed pixels: ``fill_mean``, ``fill_blur``, ``fill_black``, ``fill_imputed`` or another ``Fill``.
@@ -124,11 +124,13 @@ def compute_removal_curves(
     the area: low is good for deletion, high for insertion. ``insertion.flip(1)`` removes the least relevant locations first
     ("negative" curve). Raises ValueError for another number of maps, NaN, or a patch larger than the images.
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     ranks, total = rank_locations(validate_maps(maps, len(images), images.shape[2:]).to(images.device), patch, seed)
     limits = torch.linspace(0, total, steps + 1).round().to(images.device)
 
     def select_removed(index: Tensor, step: Tensor) -> Tensor:
-        inserts = step > steps  # steps 0 ... steps delete; the others insert, without both ends, which deletion has
+        inserts = step > steps  # steps 0 ... steps delete, the others insert between both ends
         limit = limits[torch.where(inserts, step - steps, step)]
         return (ranks[index] < limit[:, None, None]) ^ inserts[:, None, None]
 

@@ -1,9 +1,10 @@
-"""SCOUTER: a classifier whose logits are sums over its own attention maps, so that the map of a class explains its logit.
+"""SCOUTER: a classifier whose logits are feature values weighted by attention maps. The attention of a class explains it.
 
 Li, Wang, Verma, Nakashima, Kawasaki, Nagahara, "SCOUTER: Slot Attention-Based Classifier for Explainable Image Recognition",
 ICCV 2021, arXiv 2009.06138.
 
-    scouter = Scouter(load_classifier("signs_cnn").model, classes=10, sign=+1)      # any backbone; its head is removed
+    c = load_classifier("signs_cnn")                                                # any backbone; its head is removed
+    scouter = Scouter(c.model, classes=10, sign=+1, preprocess=c.preprocess, image_size=64)
     logits = scouter(inputs)                                                        # (B, K)
     logits, attention = scouter.attend(inputs)                                      # attention (B, K, slots, h, w) in [0, 1]
     loss = compute_scouter_loss(logits, attention, labels, lam=10)                  # cross-entropy + lam * area ^ power
@@ -11,7 +12,7 @@ ICCV 2021, arXiv 2009.06138.
 
 For values V >= 0 at N locations, with m_n the mean of V_n over its channels, the logit is o_c = sign * sum_n A_cn m_n, where A_c
 is the attention of class c. With sign +1 the predicted class has the largest sum, and its map shows the evidence for it. With
-sign -1 the predicted class has the smallest sum; the map of the class with the lowest logit shows the evidence against it.
+sign -1 the predicted class has the smallest sum; the map of the class with the lowest logit shows evidence against that class.
 """
 
 import copy
@@ -116,14 +117,14 @@ class BaseClassifier(FrozenStages):
 
 
 class SlotExplainer(Explainer):
-    """Explainer of a ``Scouter``: its last attention, summed over the slots of a class.
+    """Explainer of a ``Scouter``: the attention of the last iteration, summed over the slots of a class.
 
     Maps are normalized over all classes and pixels of an image together, as in the paper: 0 is the lowest attention of any class
-    and 1 the highest, so that a class that attends to less has a darker map. ``normalize=False`` returns the sums, (N, h, w) in
+    and 1 the highest, so a class with lower attention has lower values. ``normalize=False`` returns the sums, (N, h, w) in
     [0, slots].
 
-    Callables as target weight the maps of all classes by the derivatives of the score with respect to the logits: y_3 - y_5
-    shows the evidence for 3 and against 5.
+    For a callable target the map is the sum of all classes' maps, each weighted by d score / d logit: y_3 - y_5 gives map 3
+    minus map 5, with negative values set to 0.
     """
 
     def __init__(self, scouter: Scouter):

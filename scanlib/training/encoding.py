@@ -69,15 +69,15 @@ class FeatureEncoder:
 
     @property
     def layer_name(self) -> str:
-        """Name of the target layer."""
+        """Name of the layer that is read. It may differ from the requested one after ``layout`` is known."""
         return self._requested_layer if self._probe is None else self._probe.layer_name
 
     @property
     def layout(self) -> Layout:
         """How the target layer arranges its features, found by one forward pass of a grey image.
 
-        The last output of a class-token transformer sends no gradient to its patch tokens. The target layer then moves to
-        ``find_default_layer``, with a warning.
+        In the last output of a class-token transformer the gradient at the patch tokens is zero. The layer that
+        ``find_default_layer`` returns is then used instead, with a warning.
         """
         if self._probe is None:
             self._probe = self._run_probe(self._requested_layer)
@@ -106,8 +106,8 @@ class FeatureEncoder:
     ) -> tuple[Tensor, Tensor]:
         """Return features and mask scores of prepared images (N, 3, H, W), both float32.
 
-        (N, C, h, w) each, or (N, T, C) with ``as_tokens``. Without a gradient mask all scores are 1. ``unknown`` lets class -1
-        mean the predicted class, as in training labels.
+        (N, C, h, w) each, or (N, T, C) with ``as_tokens``. Without a gradient mask the scores are ones, (N, 1, 1, 1). With
+        ``unknown`` class -1 means the predicted class, as in training labels.
         """
         layout = self.layout
 
@@ -135,7 +135,7 @@ class FeatureEncoder:
 
     def _warn_of_empty_scores(self, scores: Tensor) -> None:
         if empty := int((scores.flatten(1) <= 0).all(1).sum()):
-            found = f"{empty} of {len(scores)} images have no positive {self.mask_by} at layer {self.layer_name!r}"
+            found = f"{empty} of {len(scores)} images have no positive mask score ({self.mask_by}) at layer {self.layer_name!r}"
             self.warn_once("empty scores", f"{found}, so their maps do not depend on the class; use an earlier layer")
 
     def blur(self, images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -225,7 +225,7 @@ class BatchEncoder:
     ) -> tuple[Iterable, float]:
         """Return encoded batches, from memory or encoded in every epoch, and the bytes left of the budget.
 
-        cache: True keeps the features in memory, False does not. "auto" does if they fit the budget and the images repeat.
+        cache: True keeps the features in memory. "auto" does if they fit the budget and the images are the same in each epoch.
         """
         if cache not in (True, False, "auto"):
             raise ValueError(f"cache must be True, False or 'auto', got {cache!r}")

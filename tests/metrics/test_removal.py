@@ -276,3 +276,10 @@ def test_deletion_and_insertion_agree_with_torchcam(torchcam_scene):
     deletion, insertion = compute_removal_curves(score, images, maps, steps=16, fill=fill_black)
     assert float(compute_auc(deletion).mean()) == pytest.approx(theirs["deletion_auc"], rel=1e-5)
     assert float(compute_auc(insertion).mean()) == pytest.approx(theirs["insertion_auc"], rel=1e-5)
+
+
+def test_steps_must_be_positive():
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        compute_removal_curves(
+            lambda images, indices: images.mean((1, 2, 3)), torch.rand(1, 3, 4, 4), torch.rand(1, 4, 4), steps=0
+        )
