@@ -178,7 +178,7 @@ def test_cache_does_not_change_loss(tiny, mask_by, layer_kind):
     else:
         model, layer = tiny, "back"
     histories = []
-    warnings.filterwarnings("ignore", "[0-9]+ of [0-9]+ images have no positive position")  # an untrained network may have such
+    warnings.filterwarnings("ignore", "[0-9]+ of [0-9]+ images have no positive mask score")  # an untrained network may have such
     for cache in (True, False):
         torch.manual_seed(0)
         scanner = make_scanner(model, layer, mask_by=mask_by).set_dataset(DataLoader(make_data(), 4)).generate_decoder().compile()
