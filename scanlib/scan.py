@@ -80,6 +80,7 @@ class SCAN:
         self.valid_dataset: Iterable | None = None
         self.use_augmentation: tuple[float, float] | bool = (70, 100)
         self._trainer: Trainer | None = None
+        self._criterion = SelfConfidenceLoss()
         self._state = None if decoder_model is None else DecoderState(decoder_model.to(self.device), is_trained=True)
 
     # --- set-up ---
@@ -147,25 +148,15 @@ class SCAN:
         metrics: classes with reset(), update(preds, target), compute(). None is ConfidentMAE and NonConfidentMAE.
         scheduler_interval: step the scheduler once an "epoch" or once a "step".
         """
-        criterion, decoder = SelfConfidenceLoss(loss_alpha), self.decoder
+        self._criterion = SelfConfidenceLoss(loss_alpha)
         can_fuse = "fused" in inspect.signature(optimizer_class).parameters and self.device.type != "mps"
-        optimizer = optimizer_class(decoder.parameters(), lr=learning_rate, **({"fused": True} if can_fuse else {}))
+        optimizer = optimizer_class(self.decoder.parameters(), lr=learning_rate, **({"fused": True} if can_fuse else {}))
         kwargs = scheduler_kwargs or {}
         scheduler = scheduler_class(optimizer, **kwargs) if scheduler_class else None
         metric_types = (ConfidentMAE, NonConfidentMAE) if metrics is None else metrics
-
-        def run_step(batch, training: bool):
-            features, scores, reference = batch
-            percentile: Tensor | float = 0.0  # keeps all positive scores
-            if training and isinstance(self.use_augmentation, tuple):
-                low, high = self.use_augmentation
-                percentile = low + (high - low) * torch.rand(len(features), device=features.device)
-            outputs = decoder(mask_features(features, scores, percentile))
-            return criterion(outputs.float(), reference), outputs, reference
-
         self._trainer = Trainer(
-            decoder,
-            run_step,
+            self.decoder,
+            self._run_step,
             optimizer,
             scheduler,
             scheduler_interval=scheduler_interval,
@@ -179,6 +170,15 @@ class SCAN:
             config |= {"scheduler": scheduler_class.__name__, "scheduler_interval": scheduler_interval} | plain
         self._trainer.config = config
         return self
+
+    def _run_step(self, batch, training: bool):  # a method: a deep copy of the scanner trains its own decoder
+        features, scores, reference = batch
+        percentile: Tensor | float = 0.0  # keeps all positive scores
+        if training and isinstance(self.use_augmentation, tuple):
+            low, high = self.use_augmentation
+            percentile = low + (high - low) * torch.rand(len(features), device=features.device)
+        outputs = self.decoder(mask_features(features, scores, percentile))
+        return self._criterion(outputs.float(), reference), outputs, reference
 
     # --- training ---
 

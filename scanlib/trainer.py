@@ -132,7 +132,8 @@ class Trainer:
             self._first_epoch = self.epoch
             raise
         self._first_epoch = self.epoch
-        return {name: values[first:] for name, values in self.history.items()}
+        prefix = "val_" if validation is None else None  # an earlier fit may have validated
+        return {name: values[first - goal :] for name, values in self.history.items() if name[:4] != prefix}
 
     def _train_epoch(self, run_step, loader, goal, verbose):
         from tqdm.auto import tqdm

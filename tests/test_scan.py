@@ -568,6 +568,27 @@ def test_metrics_of_explainers_accept_scan(tiny, images):
     assert explainer(images[:0]).shape == (0, 32, 32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_scan_explains_models_in_other_precisions_without_a_cast(tiny, images, dtype):
+    explainer = train_scanner(tiny.to(dtype)).as_explainer()  # preprocess returns float32
+    assert explainer(images).shape == (4, 32, 32)
+
+
+def test_deep_copy_trains_its_own_decoder(tiny):
+    scanner = train_scanner(tiny)
+    before = copy.deepcopy(scanner.decoder.state_dict())
+    copied = copy.deepcopy(scanner)
+    copied.fit(1, verbose=False)
+    assert all(torch.equal(value, before[key]) for key, value in scanner.decoder.state_dict().items())
+    assert not all(torch.equal(value, before[key]) for key, value in copied.decoder.state_dict().items())
+
+
+def test_history_of_validation_that_starts_with_a_later_fit(tiny):
+    scanner = train_scanner(tiny)
+    history = scanner.set_validation_dataset(DataLoader(make_data(), 12)).fit(2, verbose=False)
+    assert len(history["loss"]) == len(history["val_loss"]) == 2 and np.isfinite(history["val_loss"]).all()
+
+
 # --- saved decoders ---
 
 

@@ -325,6 +325,6 @@ class FinerCAM(GradCAM):
 
 
 class RefineCAM(GradCAMPlusPlus):
-    """RefineCAM (arXiv 2605.14641): the product of several layers' Grad-CAM++ maps. Other methods: ``fuse="product"``."""
+    """RefineCAM (arXiv 2605.14641): the product of the Grad-CAM++ maps of a list of layers; one layer gives Grad-CAM++."""
 
     fusion = "product"

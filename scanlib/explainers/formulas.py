@@ -171,9 +171,14 @@ def fuse_by_tanh(maps: Sequence[Tensor]) -> Tensor:
     return torch.stack([(2 * M / peak).tanh() for M, peak in zip(maps, peaks, strict=True)]).amax(0)
 
 
+def fuse_by(reduce: Callable[..., Tensor], maps: Sequence[Tensor]) -> Tensor:
+    """Fuse normalized maps by their mean, maximum or product."""
+    return reduce(stack_normalized(maps), 0)
+
+
 FUSIONS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
-    "mean": lambda maps: stack_normalized(maps).mean(0),
-    "max": lambda maps: stack_normalized(maps).amax(0),
-    "product": lambda maps: stack_normalized(maps).prod(0),
+    "mean": partial(fuse_by, torch.mean),
+    "max": partial(fuse_by, torch.amax),
+    "product": partial(fuse_by, torch.prod),
     "tanh": fuse_by_tanh,
 }

@@ -72,8 +72,13 @@ def compute_evidence(evidence: Callable[[Tensor, Target], Tensor], images: Tenso
     if not callable(evidence):
         raise ValueError(f"evidence must be an explainer, such as GradCAM(model, preprocess=preprocess), got {evidence!r}")
     with torch.enable_grad():
-        maps = evidence(images, target).detach().to(images)
-    if maps.ndim != 3 or len(maps) != len(images) or bool((maps < 0).any()):
+        maps = evidence(images, target)
+    if not isinstance(maps, Tensor):
+        raise ValueError(
+            f"evidence must return maps (N, h, w), got {type(maps).__name__}; for a SCAN pass scanner.as_explainer()"
+        )
+    maps = maps.detach().to(images)
+    if maps.ndim != 3 or len(maps) != len(images) or not bool((maps >= 0).all()):
         raise ValueError(f"evidence must be maps (N, h, w), 0 or more, got {tuple(maps.shape)} from {float(maps.min()):.2g}")
     return maps
 

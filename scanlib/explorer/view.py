@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop, resize
 
 from scanlib.explainers.base import prepare_inputs, resize_map, scale_to_unit_range
-from scanlib.explainers.weighted import SCANExplainer, weight_by_confidence
+from scanlib.explainers.weighted import SCANExplainer
 from scanlib.layers import eval_mode, get_logits
 from scanlib.masking import compute_threshold
 from scanlib.metrics.removal import are_probabilities, fill_mean
@@ -199,7 +199,8 @@ class MapRenderer:
         key = ("decoded", *image_key, _get_version(explainer), view.percentile)
         maps, reconstruction, kept_share = self._cached(*key, compute=compute)
         if explainer.evidence is not None:
-            maps = scale_to_unit_range(weight_by_confidence(self._explain(view, explainer.evidence), maps))
+            weighted = SCANExplainer(scanner, view.percentile, explainer.evidence)
+            maps = self._cached("weighted", id(explainer), *key, compute=lambda: weighted(image, view.target).cpu())
         return maps, reconstruction, kept_share
 
     def score_removed(self, view: View) -> dict[str, float]:

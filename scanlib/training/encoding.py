@@ -83,8 +83,13 @@ class FeatureEncoder:
             self._probe = self._run_probe(self._requested_layer)
         return self._probe.layout
 
+    def _prepare_inputs(self, images: Tensor) -> Tensor:
+        inputs = self.preprocess(images)  # cast below to the model's precision
+        weight = next((parameter for parameter in self.model.parameters() if parameter.is_floating_point()), inputs)
+        return to_channels_last(inputs.to(weight.dtype))
+
     def _run_probe(self, layer_name: str) -> Probe:
-        inputs = self.preprocess(torch.full((1, 3, *self.image_size), 127.5, device=self.device))
+        inputs = self._prepare_inputs(torch.full((1, 3, *self.image_size), 127.5, device=self.device))
         with self.tap_type(self.model, layer_name) as tap:
             tap(inputs)
             layout = tap.layout
@@ -115,7 +120,7 @@ class FeatureEncoder:
             return (layout.to_tokens(x) if as_tokens else layout.to_maps(x)).float()
 
         with self.tap_type(self.model, self.layer_name) as tap:
-            logits = tap(to_channels_last(self.preprocess(images)))
+            logits = tap(self._prepare_inputs(images))
             if not is_callable_target(target):
                 target = resolve_classes(logits, target, unknown)
             features = arrange(tap.features)

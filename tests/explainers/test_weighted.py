@@ -30,6 +30,10 @@ def test_invalid_evidence_raises():
     for maps in (torch.zeros(2, 1, 4, 4), torch.zeros(1, 4, 4), torch.full((2, 4, 4), -1.0)):
         with pytest.raises(ValueError, match=r"evidence must be maps \(N, h, w\), 0 or more, got"):
             compute_evidence(lambda x, target, maps=maps: maps, images, None)
+    with pytest.raises(ValueError, match="got tuple; for a SCAN pass scanner.as_explainer"):
+        compute_evidence(lambda x, target: (x, x), images, None)
+    with pytest.raises(ValueError, match="evidence must be maps"):
+        compute_evidence(lambda x, target: torch.full((2, 4, 4), torch.nan), images, None)
 
 
 @pytest.fixture
