@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +84,11 @@ def load_classifier(name: str, weights: str | os.PathLike | None = "DEFAULT") ->
 
 def _build_torchvision_classifier(name: str, pretrained: bool) -> Classifier:
     published = models.get_model_weights(name)["DEFAULT"]
-    options: dict[str, Any] = {}
-    if name in ("googlenet", "inception_v3"):  # their weights need this; torchvision sets it only for its own download
-        options = {"transform_input": True, "init_weights": not pretrained}
+    own = name in ("googlenet", "inception_v3")  # their weights need this; torchvision sets it only for its own download
+    options: dict = {"transform_input": True, "init_weights": not pretrained} if own else {}
     try:
+        if pretrained:  # torchvision reads the file without weights_only, so check first that it holds no code
+            torch.hub.load_state_dict_from_url(published.url, map_location="cpu", check_hash=True, weights_only=True)
         model = models.get_model(name, weights=published if pretrained else None, **options)
     except Exception as error:  # offline, proxy, disk: urllib and torch.hub raise many kinds
         reason = f"weights of {name} could not be downloaded or read ({type(error).__name__})"
@@ -105,7 +105,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike, name: str) -> None:
     The file may also be a checkpoint with a "state_dict"; DataParallel's prefix "module." is removed. Raises FileNotFoundError,
     and ValueError if the file is not a state dict or belongs to another model.
     """
-    state: Any = load_checkpoint(path)
+    state: object = load_checkpoint(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights must be a state dict that maps parameter names of {name} to tensors, got {path}")

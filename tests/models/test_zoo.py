@@ -1,3 +1,5 @@
+import pathlib
+
 import pytest
 import torch
 import torchvision
@@ -102,3 +104,21 @@ def test_shipped_vit_on_new_scenes():
         predicted = classifier.model(classifier.preprocess(torch.stack(images))).argmax(1)
     assert (predicted == torch.tensor(labels)).float().mean() >= 0.95
     assert classifier.layer == "encoder.layers.encoder_layer_1"
+
+
+class _Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def test_published_weights_file_with_code_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    file.parent.mkdir()
+    torch.save({"x": _Touch(tmp_path / "ran")}, file)
+    with pytest.raises(FileNotFoundError, match="weights of squeezenet1_1 could not be downloaded or read"):
+        load_classifier("squeezenet1_1")
+    assert not (tmp_path / "ran").exists()
