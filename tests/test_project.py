@@ -50,6 +50,7 @@ def test_version_and_citation():
 
 # each level may import the levels above it in this list, and files of its own folder
 LEVELS = [
+    {"structure"},
     {"layers", "targets", "loss", "masking", "decoders", "data", "plots"},
     {"hooks"},
     {"training"},
@@ -96,7 +97,7 @@ def test_folders_are_small_and_the_package_stays_thin():
     heart = ("layers", "hooks", "targets", "masking", "loss", "decoders", "trainer", "scan")
     assert max(folders.count(folder) for folder in set(folders)) <= 12
     assert sum(lines[ROOT / "scanlib" / f"{name}.py"] for name in heart) <= 1500
-    assert sum(lines.values()) <= 7800
+    assert sum(lines.values()) <= 8500
 
 
 def test_packages_are_listed_in_pyproject():

@@ -14,7 +14,7 @@ With A (B, heads, T, T) the attention weights of a block, softmax over keys, and
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -23,9 +23,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from scanlib.explainers.base import Explainer, at_least_float32
-from scanlib.hooks import FeatureTap
-from scanlib.layers import USUAL_PREFIX_TOKENS, Layout, get_logits, resolve_layer
+from scanlib.explainers.base import Explainer, at_least_float32, full_precision
+from scanlib.hooks import FeatureTap, FeatureTaps, check_finite, differentiate
+from scanlib.layers import Layout, get_logits, make_eval_copy, resolve_layer, run_copy
+from scanlib.structure.eval_copy import WRAPPED, Passthrough, rebind_function
+from scanlib.structure.layout import USUAL_PREFIX_TOKENS
 from scanlib.targets import Target, compute_scores
 
 
@@ -62,14 +64,15 @@ class AttentionWeights(TorchFunctionMode):
     """Inside ``with``, record the weights (B, heads, T, T) of every attention that runs, part of the autograd graph.
 
     Reads ``F.scaled_dot_product_attention`` (timm, Hugging Face), ``nn.MultiheadAttention`` (torchvision), and attention written
-    with a softmax. ``weights`` lists them in order; ``missed`` counts the ones that cannot be recorded (grouped queries, masked
-    keys, dropout in training).
+    with a softmax over the last axis. ``weights`` lists them in order; ``missed`` counts the ones that cannot be recorded
+    (grouped queries, masked keys, dropout in training). ``lengths`` holds the lengths of the sequences that linear layers get.
     """
 
     def __init__(self):
         super().__init__()
         self.weights: list[Tensor] = []
         self.missed = 0
+        self.lengths: set[int] = set()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -80,19 +83,27 @@ class AttentionWeights(TorchFunctionMode):
             self.missed += 1
         elif function is F.multi_head_attention_forward:
             call = _bind_arguments(function, args, kwargs)
+            self.lengths.add(call["query"].shape[0])
             if _is_plain(call):
                 return self._multi_head(**call)
             self.missed += 1
         output = function(*args, **kwargs)
+        if function is F.linear and output.ndim == 3:
+            self.lengths.update(output.shape[:2])
         if function in _SOFTMAX and output.ndim > 2 and output.shape[-1] == output.shape[-2]:
-            return self._record(output)
+            axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            return self._record(output) if axis in (-1, output.ndim - 1) else output
         return output
 
     def validate(self, inputs: Tensor, message: str) -> list[Tensor]:
         """Return ``weights``. Raises NoAttentionError(message) unless all attend over the whole of each image (N, ...)."""
         shapes = {tuple(block.shape) for block in self.weights}
-        if self.missed or len(shapes) != 1 or self.weights[0].ndim != 4 or len(self.weights[0]) != len(inputs):
+        are_alike = len(shapes) == 1 and self.weights[0].ndim == 4 and len(self.weights[0]) == len(inputs)
+        if (
+            self.missed or not are_alike or self.weights[0].shape[-1] not in self.lengths
+        ):  # a square softmax may be something else
             seen = f"attention of {', '.join(map(str, sorted(shapes)))}" if shapes else "no self-attention"
+            seen += f", over {self.weights[0].shape[-1]} tokens that are not a grid of patches," if are_alike else ""
             seen += f" and {self.missed} that cannot be recorded" if self.missed else ""
             raise NoAttentionError(f"{message} (seen: {seen} for {len(inputs)} images)")
         return self.weights
@@ -150,14 +161,15 @@ def _detach(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _differentiate(outputs: Tensor, target: Target, weights: Sequence[Tensor], retain_graph=False) -> Sequence[Tensor]:
-    return torch.autograd.grad(compute_scores(outputs, target).sum(), weights, retain_graph=retain_graph)
+    found = differentiate(compute_scores(outputs, target).sum(), weights, retain_graph=retain_graph)
+    return [check_finite(gradient, "the gradient at the attention weights holds") for gradient in found if gradient is not None]
 
 
 def tokens_to_grid(tokens: Tensor, size: Sequence[int], message: str) -> Tensor:
     """Arrange one value per token, (N, T), as maps (N, h, w) for inputs of size (H, W). Raises NoAttentionError(message) if the
     tokens are not a grid of patches."""
     with suppress(ValueError):
-        layout = Layout.infer((*tokens.shape, 1), size)
+        layout = Layout.infer((*tokens.shape, 1), size, is_channels_first=False)
         if layout.prefix <= USUAL_PREFIX_TOKENS:
             return tokens[:, layout.prefix :].unflatten(1, layout.grid)
     raise NoAttentionError(f"{message} (seen: attention over {tokens.shape[1]} tokens that are not a grid of patches)")
@@ -179,7 +191,8 @@ def average_head_rows(pairs: Tensor, last_gradient: Tensor) -> Tensor:
 
 def compute_relevance(weights: Sequence[Tensor], gradients: Sequence[Tensor], last_gradient: Tensor) -> Tensor:
     """Compute the relevance (N, T) of each token for the head from blocks' attention weights and gradients (N, heads, T, T)."""
-    return average_head_rows(attention_relevance(_detach(weights), _detach(gradients)), last_gradient)
+    with full_precision(last_gradient):
+        return average_head_rows(attention_relevance(_detach(weights), _detach(gradients)), last_gradient)
 
 
 class _AttentionExplainer(Explainer):
@@ -189,12 +202,12 @@ class _AttentionExplainer(Explainer):
     NoAttentionError, a ValueError, for models whose blocks do not attend over the whole image.
     """
 
-    def __init__(self, model: nn.Module, target_layer=None, preprocess: Callable[[Tensor], Tensor] | None = None):
-        super().__init__(model, target_layer, preprocess)
+    def __init__(self, model: nn.Module, target_layer=None, preprocess=None, **options):
+        super().__init__(model, target_layer, preprocess, **options)
         layers = target_layer if isinstance(target_layer, (list, tuple)) else [target_layer]
         if not layers:
             raise ValueError(f"target_layer must be a block, a list of blocks, or None for all, got {target_layer!r}")
-        self.blocks = [] if target_layer is None else [resolve_layer(model, layer)[1] for layer in layers]
+        self.blocks = [] if target_layer is None else [resolve_layer(model, layer)[0] for layer in layers]
         needed = "needs blocks that attend over the whole image, (images, heads, tokens, tokens)"
         self._message = f"{type(self).__name__} {needed}, and {type(model).__name__} has none; use SCAN or a CAM"
 
@@ -206,8 +219,8 @@ class _AttentionExplainer(Explainer):
         """Compute each token's value in the map, (N, T)."""
         raise NotImplementedError
 
-    def _record(self, inputs: Tensor) -> tuple[list[Tensor], list[int], Tensor, list[Tensor]]:
-        """Run the model. Return the attention weights of all blocks, the chosen blocks' indices, logits, the chosen outputs."""
+    def _record(self, copy: nn.Module, inputs: Tensor) -> tuple[list[Tensor], list[int], Tensor, list[Tensor]]:
+        """Run a copy of the model. Return the weights of all blocks, the chosen blocks' indices, logits, the chosen outputs."""
         recorder, spans, outputs = AttentionWeights(), [], []
 
         def start(*_):
@@ -217,12 +230,12 @@ class _AttentionExplainer(Explainer):
             spans[-1].append(len(recorder.weights))
             outputs.append(output[0] if isinstance(output, tuple) else output)
 
-        with ExitStack() as hooks:
-            for block in self.blocks:
-                hooks.enter_context(block.register_forward_pre_hook(start))
-                hooks.enter_context(block.register_forward_hook(stop))
-            with recorder:
-                logits = get_logits(self.model(inputs))
+        for name in self.blocks:
+            block = copy.get_submodule(name)
+            block.register_forward_pre_hook(start)
+            block.register_forward_hook(stop)
+        with recorder:
+            logits = run_copy(copy, inputs, self.output)
         weights = recorder.validate(inputs, self._message)
         counts = [last - first for first, last in spans] + [0] * (len(self.blocks) - len(spans))  # 0: it did not run
         if any(count != 1 for count in counts):
@@ -234,16 +247,17 @@ class AttentionRollout(_AttentionExplainer):
     """Attention rollout (Abnar, Zuidema 2020): the product of attention and residuals. The map is the same for all classes."""
 
     def _weigh_tokens(self, inputs, target):
-        weights, chosen, logits, _ = self._record(inputs)
-        rollout = attention_rollout(_detach([weights[i] for i in chosen]))
-        return average_head_rows(rollout, _differentiate(logits, target, weights)[-1])
+        weights, chosen, logits, _ = self._record(make_eval_copy(self.model), inputs)
+        last_gradient = _differentiate(logits, target, weights)[-1]
+        with full_precision(inputs):
+            return average_head_rows(attention_rollout(_detach([weights[i] for i in chosen])), last_gradient)
 
 
 class AttentionRelevance(_AttentionExplainer):
     """Generic attention explainability (Chefer, Gur, Wolf 2021): the positive part of gradient times attention, accumulated."""
 
     def _weigh_tokens(self, inputs, target):
-        weights, chosen, logits, _ = self._record(inputs)
+        weights, chosen, logits, _ = self._record(make_eval_copy(self.model), inputs)
         gradients = _differentiate(logits, target, weights)
         return compute_relevance([weights[i] for i in chosen], [gradients[i] for i in chosen], gradients[-1])
 
@@ -256,24 +270,28 @@ class LeGrad(_AttentionExplainer):
     in models of torchvision and timm.
     """
 
-    def __init__(self, model, target_layer=None, preprocess=None, *, head: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, model, target_layer=None, preprocess=None, *, head: Callable[[Tensor], Tensor] | None = None, **options):
         if target_layer is None or head is None:
-            blocks, own_head = _find_blocks_and_head(model)
-            target_layer, head = blocks if target_layer is None else target_layer, head or own_head
-        super().__init__(model, target_layer, preprocess)
+            blocks, _ = _find_blocks_and_head(model)
+            target_layer = blocks if target_layer is None else target_layer
+        super().__init__(model, target_layer, preprocess, **options)
         self.head = head
 
     def _weigh_tokens(self, inputs, target):
-        weights, chosen, logits, outputs = self._record(inputs)
+        copy = make_eval_copy(self.model)
+        weights, chosen, logits, outputs = self._record(copy, inputs)
+        head = _find_blocks_and_head(copy)[1] if self.head is None else rebind_function(self.head, self.model, copy)
         target = logits.argmax(1) if target is None else target
         gradients: list[Tensor] = []
         for i, tokens in zip(chosen, outputs, strict=True):
             pooled = tokens.mean(1, keepdim=True).expand_as(tokens)  # every token is the mean, so the head reads the mean
-            gradients += _differentiate(self.head(pooled), target, [weights[i]], retain_graph=True)
+            gradients += _differentiate(head(pooled), target, [weights[i]], retain_graph=True)
         return legrad(_detach(gradients))
 
 
 def _find_blocks_and_head(model: Any) -> tuple[list[nn.Module], Callable[[Tensor], Tensor]]:
+    while type(model).__name__ in WRAPPED or isinstance(model, Passthrough):
+        model = next(model.children())
     if isinstance(model, torchvision.models.VisionTransformer):
         return list(model.encoder.layers), lambda tokens: model.heads(model.encoder.ln(tokens)[:, 0])
     if all(hasattr(model, name) for name in ("blocks", "norm", "forward_head")):  # timm
@@ -289,8 +307,8 @@ class RelevanceTap(FeatureTap):
     image or cannot be read.
     """
 
-    def __init__(self, model: nn.Module, layer: str | int | nn.Module):
-        super().__init__(model, layer)
+    def __init__(self, model: nn.Module, layer: str | int | nn.Module, **options):
+        super().__init__(model, layer, **options)
         self.record = "all"
         self._weights: list[Tensor] = []
         found = f"{type(model).__name__} has none that can be read; use gradient, attribution or position"
@@ -299,7 +317,8 @@ class RelevanceTap(FeatureTap):
     def __call__(self, inputs: Tensor) -> Tensor:
         self._weights = []
         with AttentionWeights() as recorder:
-            logits = super().__call__(inputs)
+            logits = FeatureTaps.__call__(self, inputs)
+        self.layout = self.layouts[0]  # outside the recorder: it may run the model
         self._weights = recorder.validate(inputs, self._message)
         return logits
 
@@ -320,4 +339,4 @@ class RelevanceTap(FeatureTap):
         if not at_weights or len(at_weights) < len(others):
             raise NoAttentionError(f"{self._message} (seen: attention that does not influence the score)")
         tokens = compute_relevance(self._weights, at_weights, at_weights[-1])
-        return gradient, tokens_to_grid(tokens, self._input_size, self._message)
+        return gradient, tokens_to_grid(tokens, self.input_size, self._message)

@@ -7,36 +7,48 @@ raw = explainer(images, target=3, normalize=False)      # (N, h, w) at feature r
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scanlib.layers import eval_mode, find_default_layer, to_channels_last as to_channels_last
+from scanlib.hooks import FeatureTaps, check_finite
+from scanlib.layers import Layout, compute_logits, find_default_layer
+from scanlib.structure.inputs import prepare_inputs as prepare_inputs, return_unchanged
 from scanlib.targets import Target
 
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}  # by the number of spatial axes
 
 
 class Explainer:
-    """Base class of all explainers. A subclass implements ``_compute_maps``. The model is unchanged after a call.
+    """Base class of all explainers. A subclass implements ``_compute_maps``. The model is never changed, so that several threads
+    may explain the same model at once, with one explainer or several.
 
     Args:
-        model: module to explain; runs in eval mode.
+        model: module to explain; runs in eval mode, whatever mode it is in.
         target_layer: name, module or index of the layer to read; the meaning of None depends on the method.
         preprocess: function from images in [0, 255] to the model's input; None passes the images on.
+        output: key or index of the output to explain, for models that return several; see ``get_logits``.
+        layout: "BCHW", "BHWC", "BTC" or a ``Layout``: how the layer arranges its features, where it cannot be inferred.
     """
 
     differentiable = False  # whether the map keeps its autograd graph
 
-    def __init__(self, model: nn.Module, target_layer=None, preprocess: Callable[[Tensor], Tensor] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer=None,
+        preprocess: Callable[[Tensor], Tensor] | None = None,
+        *,
+        output: str | int | None = None,
+        layout: str | Layout | None = None,
+    ):
         self.model, self.target_layer = model, target_layer
-        self.preprocess = preprocess or (lambda images: images)
+        self.preprocess = preprocess or return_unchanged
+        self.output, self.layout = output, layout
         self._default_layers: dict[tuple[int, ...], str] = {}  # by the shape of an input
-        # channels of an image; None for models of signals or volumes
-        self._channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
     def __enter__(self):
         return self
@@ -48,7 +60,7 @@ class Explainer:
         """Explain a batch of images.
 
         Args:
-            images: (N, 3, H, W) or a single (3, H, W), in [0, 255]. A model without 2-d convolutions takes signals (N, C, L),
+            images: (N, C, H, W) or a single (C, H, W), in [0, 255]. A model without 2-d convolutions takes signals (N, C, L),
                 volumes (N, C, D, H, W), and images in batches only.
             target: None (predicted class), a class, one class per image, or callables; see ``scanlib.targets``.
             normalize: True returns maps in [0, 1] at the images' size, with negative values set to 0. False returns the raw
@@ -58,7 +70,8 @@ class Explainer:
             (N, H, W) on the images' device, or (H, W) for a single image; (N, h, w) with normalize=False.
 
         Raises:
-            ValueError: for images of another shape, images with NaN, a class out of range, or a list of another length than N.
+            ValueError: for images of another shape, a class out of range, a list of another length than N, and for NaN or
+                infinite values in the images, the features, the gradients or the maps.
         """
         return self._run(images, lambda inputs: self._compute_maps(inputs, target), normalize)
 
@@ -71,21 +84,26 @@ class Explainer:
         batch = self._validate_images(images)
         if not len(batch):
             return torch.zeros(0, *batch.shape[2:], device=images.device)
-        with self._evaluation():
+        with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable):
             maps = compute(self._prepare(batch))
             if len(maps) != len(batch):
                 raise ValueError(
                     f"{type(self).__name__} computed {len(maps)} maps for {len(batch)} images: the first axis of target_layer's "
                     "output is not the batch; use another layer, or pass reshape, if the method has that argument"
                 )
+            check_finite(maps, f"the maps of {self!r} hold")
             maps = self._normalize(maps, batch.shape[2:]) if normalize else maps
         return (maps if batch.ndim == images.ndim else maps[0]).to(images.device)
 
-    @contextmanager
-    def _evaluation(self) -> Iterator[None]:
-        """Run the model in eval mode outside inference mode, with gradients only for differentiable maps."""
-        with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable), eval_mode(self.model):
-            yield
+    def __repr__(self) -> str:
+        layer = "" if self.target_layer is None else f", {self.target_layer!r}"
+        return f"{type(self).__name__}({type(self.model).__name__}{layer})"
+
+    def _compute_logits(self, inputs: Tensor) -> Any:
+        return compute_logits(self.model, inputs, self.output)
+
+    def _open_taps(self, layers: Sequence[str], **options) -> FeatureTaps:
+        return FeatureTaps(self.model, layers, output=self.output, layout=self.layout, **options)
 
     def _normalize(self, maps: Tensor, size: Sequence[int]) -> Tensor:
         """Resize and normalize maps (N, h, w), or (N, K, h, w) for K classes."""
@@ -95,13 +113,13 @@ class Explainer:
 
     def _validate_images(self, images: Tensor) -> Tensor:
         """Return images as a batch. Raise ValueError for a wrong shape and for NaN."""
-        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        if isinstance(images, Tensor) and images.ndim == 3 and self._channels is not None:
+        if isinstance(images, Tensor) and images.ndim == 3 and any(isinstance(m, nn.Conv2d) for m in self.model.modules()):
             images = images[None]
-        is_image = isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3, 4, self._channels)
-        is_other = isinstance(images, Tensor) and images.ndim >= 3 and self._channels is None
-        if not is_image and not is_other:
+        if not isinstance(images, Tensor) or images.ndim < 3:
+            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images must be a tensor (N, 3, H, W) or (3, H, W), got {shape}")
+        if images.ndim == 4 and images.shape[-1] in (1, 3, 4) and images.shape[1] > 16 and images.shape[2] > 16:
+            raise ValueError(f"images must be (N, 3, H, W), channels first, got {tuple(images.shape)}; use images.movedim(-1, 1)")
         if not torch.isfinite(images).all():
             raise ValueError("images must be finite pixels in [0, 255], got NaN or infinite values")
         return images
@@ -115,14 +133,11 @@ class Explainer:
 
     def _prepare(self, images: Tensor) -> Tensor:
         inputs = prepare_inputs(self.model, self.preprocess, images)
+        if not isinstance(inputs, Tensor) or inputs.ndim != images.ndim or len(inputs) != len(images):
+            shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise ValueError(f"preprocess must return one input per image, for {tuple(images.shape)} it returns {shape}")
+        check_finite(inputs, "the preprocessed images hold")
         return inputs.clone() if inputs.is_inference() else inputs  # an inference tensor cannot take part in a graph
-
-
-def prepare_inputs(model: nn.Module, preprocess: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Preprocess images in [0, 255] on the model's device, in the model's precision."""
-    weight = next((p for p in model.parameters() if p.is_floating_point()), images)
-    inputs = preprocess(images.to(weight.device))
-    return to_channels_last(inputs.to(weight.dtype) if weight.is_floating_point() else inputs)
 
 
 def choose_batch_size(images: Tensor, batch_size: int | None = None, model: nn.Module | None = None) -> int:
@@ -136,6 +151,11 @@ def choose_batch_size(images: Tensor, batch_size: int | None = None, model: nn.M
     device = images.device if model is None else next(model.parameters(), images).device
     most, most_at_224 = (32, 16) if device.type == "cpu" else (64, 64)
     return batch_size or max(1, min(most, most_at_224 * 224**2 // max(1, math.prod(images.shape[2:]))))
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Switch autocast off for sums over many entries; the model itself may run in it."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

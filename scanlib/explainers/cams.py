@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from scanlib.explainers import formulas
-from scanlib.explainers.base import Explainer, at_least_float32
+from scanlib.explainers.base import Explainer, at_least_float32, full_precision
 from scanlib.explainers.formulas import FUSIONS, compute_first_component, fuse_maps
 from scanlib.hooks import FeatureTaps
-from scanlib.layers import get_logits, resolve_layer
+from scanlib.layers import resolve_layer
 from scanlib.targets import Contrast, Target, compute_scores, is_callable_target, resolve_classes
 
 
@@ -53,8 +53,9 @@ class CAMExplainer(Explainer):
         eigen_smooth: bool = False,
         aug_smooth: bool = False,
         differentiable: bool = False,
+        **options,
     ):
-        super().__init__(model, target_layer, preprocess)
+        super().__init__(model, target_layer, preprocess, **options)
         layers = target_layer if isinstance(target_layer, (list, tuple)) else [target_layer]
         if not layers:
             raise ValueError(f"target_layer must be a layer, a list of layers, or None for the last one, got {target_layer!r}")
@@ -98,7 +99,7 @@ class CAMExplainer(Explainer):
         if not self.aug_smooth:
             return [fuse_maps(maps, self.fuse) for maps in self._compute_layer_maps(inputs, targets, layers)]
         with torch.no_grad():
-            logits = get_logits(self.model(inputs))
+            logits = self._compute_logits(inputs)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise ValueError(
                 "aug_smooth must be False for this model: it mirrors the images, but not the mask or boxes of a target"
@@ -111,10 +112,12 @@ class CAMExplainer(Explainer):
 
     def _compute_layer_maps(self, inputs: Tensor, targets: list[Target], layers: list[str]) -> list[list[Tensor]]:
         """Compute a raw map (N, h, w) for each target and layer."""
-        with FeatureTaps(self.model, layers, record=self.record, create_graph=self.create_graph) as taps:
+        with self._open_taps(layers, record=self.record, create_graph=self.create_graph) as taps:
             taps(inputs)
             A = self._to_maps(taps, taps.features)
-            return [list(map(self.formula, A, *arguments)) for arguments in self._compute_all_arguments(taps, inputs, targets)]
+            all_arguments = self._compute_all_arguments(taps, inputs, targets)
+            with full_precision(inputs):
+                return [list(map(self.formula, A, *arguments)) for arguments in all_arguments]
 
     def _compute_all_arguments(self, taps: FeatureTaps, inputs: Tensor, targets: list[Target]) -> list[list[Sequence[Tensor]]]:
         """Compute the formula's arguments besides the activations: for each target and argument one tensor per layer."""
@@ -214,7 +217,8 @@ class SmoothGradCAMPlusPlus(CAMExplainer):
             taps(inputs + self.std * noise)
             for target, of_target in zip(targets, means, strict=True):
                 for G, of_layer in zip(self._to_maps(taps, taps.gradients(target)), of_target, strict=True):
-                    of_layer[:] = [mean + G**power / self.samples for power, mean in enumerate(of_layer, 1)]
+                    wide = G if G.device.type == "mps" else G.double()
+                    of_layer[:] = [mean + wide**power / self.samples for power, mean in enumerate(of_layer, 1)]
         return [list(zip(*of_target, strict=True)) for of_target in means]
 
 

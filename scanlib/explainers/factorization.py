@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scanlib.explainers.base import Explainer, at_least_float32, resize_map
+from scanlib.explainers.base import Explainer, at_least_float32, full_precision, resize_map
 from scanlib.explainers.replay import Replay
-from scanlib.hooks import FeatureTaps
 
 
 def nmf(V: Tensor, concepts: int, iterations: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -72,8 +71,8 @@ class DeepFeatureFactorization(Explainer):
     concept at every location; connections around the layer and prefix tokens keep the values of the first image.
     """
 
-    def __init__(self, model, target_layer=None, preprocess=None, *, concepts=5, iterations=200, seed=0):
-        super().__init__(model, target_layer, preprocess)
+    def __init__(self, model, target_layer=None, preprocess=None, *, concepts=5, iterations=200, seed=0, **options):
+        super().__init__(model, target_layer, preprocess, **options)
         if concepts < 1:
             raise ValueError(f"concepts must be at least 1, got {concepts}")
         self.concepts, self.iterations, self.seed = concepts, iterations, seed
@@ -82,20 +81,21 @@ class DeepFeatureFactorization(Explainer):
         batch = self._validate_images(images)
         if not len(batch):
             raise ValueError("images must hold at least one image to factorize, got 0")
-        with self._evaluation():
+        with torch.inference_mode(False), torch.no_grad():
             inputs = self._prepare(batch)
             layer = self._find_default_layer(inputs) if self.target_layer is None else self.target_layer
-            with FeatureTaps(self.model, [layer], record=None) as taps:
+            with self._open_taps([layer], record=None) as taps:
                 taps(inputs)
                 features, layout = taps.features[0], taps.layouts[0]
             A = at_least_float32(layout.to_maps(features))
             V = A.movedim(1, -1).flatten(0, -2)
             minimum = V.amin(0).clamp_max(0)
-            H, W = nmf(V - minimum, self.concepts, self.iterations, self.seed)
-            error = float((V - minimum - H @ W).norm() / (V - minimum).norm().clamp_min(1e-12))
+            with full_precision(V):
+                H, W = nmf(V - minimum, self.concepts, self.iterations, self.seed)
+                error = float((V - minimum - H @ W).norm() / (V - minimum).norm().clamp_min(1e-12))
             peak = H.amax(0).clamp_min(1e-12)  # only H W is determined: scale each concept to 1 where it is strongest
             H, W = H / peak, W * peak[:, None] + minimum
-            with Replay(self.model, layer, inputs[:1]) as replay:
+            with Replay(self.model, layer, inputs[:1], self.output, self.layout) as replay:
                 pure = replay.features.expand(self.concepts, *replay.features.shape[1:]).clone()
                 layout.to_maps(pure)[:] = W.view(*W.shape, *[1] * len(layout.grid)).to(pure.dtype)
                 scores = at_least_float32(replay(pure))

@@ -41,12 +41,14 @@ def compute_first_component(contributions: Tensor) -> Tensor:
     """
     x = contributions.flatten(2)
     x = x - x.mean(2, keepdim=True)
+    scale = x.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)  # else the squares of tiny values are 0
+    x = x / scale
     if x.shape[1] <= x.shape[2]:
         component = (_top_eigenvector(x @ x.mT)[0][:, None] @ x)[:, 0]
     else:
         vector, value = _top_eigenvector(x.mT @ x)
         component = vector * value.clamp_min(0).sqrt()[:, None]
-    return _fix_sign(component).unflatten(1, contributions.shape[2:])
+    return _fix_sign(scale[:, 0] * component).unflatten(1, contributions.shape[2:])
 
 
 def _top_eigenvector(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +59,8 @@ def _top_eigenvector(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fix_sign(component: Tensor) -> Tensor:
     """Give components (B, locations) of mean 0 the sign with a positive third moment."""
-    return component * torch.where((component**3).sum(1, keepdim=True) < 0, -1, 1)
+    unit = component / component.abs().amax(1, keepdim=True).clamp_min(torch.finfo(component.dtype).tiny)
+    return component * torch.where((unit**3).sum(1, keepdim=True) < 0, -1, 1)
 
 
 def grad_cam(A: Tensor, G: Tensor, combine: Reduction = sum_channels) -> Tensor:
@@ -66,14 +69,21 @@ def grad_cam(A: Tensor, G: Tensor, combine: Reduction = sum_channels) -> Tensor:
 
 
 def grad_cam_plus_plus(A: Tensor, G: Tensor, combine: Reduction = sum_channels) -> Tensor:
-    """Grad-CAM++ (Chattopadhyay et al. 2018, Eqs. 5, 19): weights sum_ij alpha relu(G), alpha = G^2 / (2 G^2 + sum_ij(A) G^3)."""
-    return smooth_grad_cam_plus_plus(A, G, G**2, G**3, combine)
+    """Grad-CAM++ (Chattopadhyay et al. 2018, Eqs. 5, 19): weights sum_ij alpha relu(G), alpha = G^2 / (2 G^2 + sum_ij(A) G^3).
+
+    Computed as relu(G) / (2 + sum_ij(A) G), which is the same, also where G^2 and G^3 are too small for the precision.
+    """
+    weights = safe_divide(G.relu(), 2 + reduce_locations(A) * G)
+    return combine(reduce_locations(weights) * A).relu()
 
 
 def smooth_grad_cam_plus_plus(A: Tensor, G1: Tensor, G2: Tensor, G3: Tensor, combine: Reduction = sum_channels) -> Tensor:
-    """SmoothGrad-CAM++ (Omeiza et al. 2019): Grad-CAM++ with G1, G2, G3, the means of G, G^2, G^3 over noisy images."""
-    alpha = safe_divide(G2, 2 * G2 + reduce_locations(A) * G3)
-    return combine(reduce_locations(alpha * G1.relu()) * A).relu()
+    """SmoothGrad-CAM++ (Omeiza et al. 2019): Grad-CAM++ with G1, G2, G3, the means of G, G^2, G^3 over noisy images.
+
+    The powers of small gradients need float64; the map is returned in the precision of A.
+    """
+    alpha = safe_divide(G2, 2 * G2 + reduce_locations(A) * G3).to(A.dtype)
+    return combine(reduce_locations(alpha * G1.to(A.dtype).relu()) * A).relu()
 
 
 def x_grad_cam(A: Tensor, G: Tensor, combine: Reduction = sum_channels) -> Tensor:
@@ -167,7 +177,7 @@ def stack_normalized(maps: Sequence[Tensor]) -> Tensor:
 
 def fuse_by_tanh(maps: Sequence[Tensor]) -> Tensor:
     """Layer-CAM's fusion (Jiang et al. 2021, Eqs. 7-8): tanh(2 M / max M) of each layer's map M, then the maximum."""
-    peaks = [M.amax(tuple(range(1, M.ndim)), keepdim=True).clamp_min(1e-12) for M in maps]
+    peaks = [M.amax(tuple(range(1, M.ndim)), keepdim=True).clamp_min(torch.finfo(M.dtype).tiny) for M in maps]
     return torch.stack([(2 * M / peak).tanh() for M, peak in zip(maps, peaks, strict=True)]).amax(0)
 
 

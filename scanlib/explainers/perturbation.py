@@ -17,11 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scanlib.explainers.base import at_least_float32, choose_batch_size, resize_map, scale_to_unit_range, to_channels_last
+from scanlib.explainers.base import (
+    at_least_float32,
+    choose_batch_size,
+    full_precision,
+    resize_map,
+    scale_to_unit_range,
+)
 from scanlib.explainers.cams import CAMExplainer, choose_classes_once
 from scanlib.explainers.formulas import weighted_sum
 from scanlib.explainers.replay import Replay
-from scanlib.layers import get_logits
+from scanlib.structure.inputs import to_channels_last
 from scanlib.targets import Target, compute_scores, is_callable_target, select_targets
 
 
@@ -82,7 +88,7 @@ class ScoreCAM(_PerturbationCAM):
         constant = A.flatten(2).amax(2) == A.flatten(2).amin(2)  # their masks are 0, so all give the same black image
         scores = self._score_masks(inputs, A, (~constant).nonzero(), targets)
         if constant.any():
-            black = get_logits(self.model(torch.zeros_like(inputs)))
+            black = self._compute_logits(torch.zeros_like(inputs))
             black_scores = self._score(black, targets, torch.arange(len(inputs))).to(scores.dtype)
             scores = torch.where(constant, black_scores[..., None], scores)
         return scores
@@ -98,7 +104,7 @@ class ScoreCAM(_PerturbationCAM):
             masks = scale_to_unit_range(masks) if self.stretch == "after" else masks
             masks = masks if change is None else change(masks)
             masked = to_channels_last(inputs[image] * masks[:, None].to(inputs.dtype))
-            scores[:, image, channel] = self._score(get_logits(self.model(masked)), targets, image).to(scores.dtype)
+            scores[:, image, channel] = self._score(self._compute_logits(masked), targets, image).to(scores.dtype)
         return scores
 
 
@@ -157,10 +163,11 @@ class AblationCAM(_PerturbationCAM):
 
     def _ablate_layer(self, inputs: Tensor, layer: str, targets: list[Target]) -> list[Tensor]:
         """Compute a raw map (N, h, w) of one layer for each target."""
-        with Replay(self.model, layer, inputs) as replay:
+        with Replay(self.model, layer, inputs, self.output, self.layout) as replay:
             A, targets = at_least_float32(replay.layout.to_maps(replay.features)), choose_classes_once(targets, replay.outputs)
             weights = torch.stack([self._compute_drops(replay, A, image, targets) for image in range(len(inputs))], 1)
-        return [self.formula(A, of_target) for of_target in weights.to(A.dtype)]
+        with full_precision(A):
+            return [self.formula(A, of_target) for of_target in weights.to(A.dtype)]
 
     def _compute_drops(self, replay: Replay, A: Tensor, image: int, targets: list[Target]) -> Tensor:
         """Compute the weights (K, C) of one image."""

@@ -9,22 +9,23 @@ instead of computing them, and the layer returns the given features.
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scanlib.layers import Layout, eval_mode, get_logits, resolve_layer
+from scanlib.hooks import FeatureTaps, check_finite
+from scanlib.layers import Layout, make_eval_copy, resolve_layer, run_copy_once
 
 
 class Replay:
-    """Replay a model from one layer on. The model is unchanged after each call. Leaving the ``with`` frees the recorded outputs.
+    """Replay a model from one layer on. It runs an eval copy of the model. Leaving the ``with`` frees the recorded outputs.
 
     Args:
         model, layer: as in ``FeatureTap``. If the layer runs several times in one forward pass, its last run counts.
         inputs: (N, ...), preprocessed.
+        output, layout: as in ``FeatureTaps``.
 
     Attributes: ``features``, the layer's own output (N, ...), arranged as ``layout`` says; ``outputs``, the model's. If the
     recorded outputs do not reproduce ``outputs`` (a model that treats the images of a batch differently), every call runs the
@@ -33,26 +34,56 @@ class Replay:
     Raises RuntimeError if the layer does not run, TypeError if it does not return a tensor.
     """
 
-    def __init__(self, model: nn.Module, layer: str | int | nn.Module, inputs: Tensor):
-        self.model, self.inputs = model, inputs
-        self.name, self.layer = resolve_layer(model, layer)
-        self._share, self._runs = True, 0
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str | int | nn.Module,
+        inputs: Tensor,
+        output: str | int | None = None,
+        layout: str | Layout | None = None,
+    ):
+        self.inputs, self.output = inputs, output
+        self.name = resolve_layer(model, layer)[0]
+        self._copy = make_eval_copy(model)
+        self._layer = self._copy.get_submodule(self.name)
+        self._share = True
         self._stack: list[list] = []  # the modules running now: [module, outputs of its finished children]
         self._recorded: list[tuple[nn.Module, Any]] = []
         self._output: Any  # of the layer
-        with ExitStack() as hooks, torch.no_grad(), eval_mode(model):
-            for module in model.modules():
-                hooks.enter_context(module.register_forward_pre_hook(self._begin))
-                hooks.enter_context(module.register_forward_hook(self._end, prepend=True))  # before hooks that change the output
-            self.outputs = get_logits(model(inputs))
+        try:
+            self.outputs = self._record()
+        except RuntimeError as error:
+            if "view size is not compatible" not in str(error) or inputs.is_contiguous():
+                raise
+            self.inputs = inputs.contiguous()  # the model needs channels first in memory
+            self.outputs = self._record()
         if not self._runs:
             raise RuntimeError(f"layer {self.name!r} did not run in the forward pass; use a layer that the model calls")
         self.features = self._output[0] if isinstance(self._output, (tuple, list)) else self._output
         if not isinstance(self.features, Tensor):
             raise TypeError(f"layer {self.name!r} must return a tensor, got {type(self.features).__name__}")
-        self.layout = Layout.infer(self.features.shape, tuple(inputs.shape[2:]))
+        check_finite(self.features, f"layer {self.name!r} returns")
+        self.layout = self._read_layout(model, layout)
+        # else torch's fused encoder layers do not call forward
+        self._layer.register_forward_hook(lambda *_: None)
         if not self._is_faithful():
             self._recorded = []
+
+    def _record(self) -> Any:
+        self._stack, self._runs, hooks = [], 0, []
+        for module in self._copy.modules():
+            hooks.append(module.register_forward_pre_hook(self._begin))
+            hooks.append(module.register_forward_hook(self._end, prepend=True))  # before hooks that change the output
+        try:
+            with torch.no_grad():
+                return run_copy_once(self._copy, self.inputs.clone(), self.output)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _read_layout(self, model: nn.Module, layout: str | Layout | None) -> Layout:
+        with FeatureTaps(model, [self.name], record=None, output=self.output, layout=layout) as taps:
+            return taps.read_layout_of(self.name, self.features, self.inputs)
 
     def __enter__(self) -> "Replay":
         return self
@@ -71,14 +102,14 @@ class Replay:
         return bool(torch.allclose(outputs, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())))
 
     def _begin(self, module, inputs):
-        if module is self.layer:
+        if module is self._layer:
             self._recorded = [call for _, calls in self._stack for call in calls]  # the outermost finished modules
         self._stack.append([module, []])
 
     def _end(self, module, inputs, output):
         self._stack.pop()
         recorded = _map_tensors(torch.clone, output)  # clone: the model may change the output in place
-        if module is self.layer:
+        if module is self._layer:
             self._runs, self._output = self._runs + 1, recorded
             recorded = None  # an earlier run of the layer is computed again
         if self._stack:
@@ -104,23 +135,19 @@ class Replay:
         for module, output in self._recorded:
             waiting.setdefault(module, deque()).append(_map_tensors(expand, output))
         if not self._recorded:  # only the layer's last run is replaced
-            waiting[self.layer] = deque([None] * (self._runs - 1))
+            waiting[self._layer] = deque([None] * (self._runs - 1))
         output, given = _map_tensors(expand, self._output), features.clone()
         output = _rebuild(output, [given, *output[1:]]) if isinstance(output, (tuple, list)) else given
-        waiting.setdefault(self.layer, deque()).append(output)
-        before = {module: vars(module).get("forward") for module in waiting}
-        hook = self.layer.register_forward_hook(lambda *_: None)  # else torch's fused encoder layers do not call forward
+        waiting.setdefault(self._layer, deque()).append(output)
+        forwards = {module: module.forward for module in waiting}
+        for module, outputs in waiting.items():
+            module.forward = partial(_return_recorded, outputs, module.forward)
         try:
-            for module, outputs in waiting.items():
-                module.forward = partial(_return_recorded, outputs, module.forward)
-            with torch.no_grad(), eval_mode(self.model):
-                return get_logits(self.model(expand(self.inputs)))
+            with torch.no_grad():
+                return run_copy_once(self._copy, expand(self.inputs), self.output)
         finally:
-            hook.remove()
-            for module, own in before.items():
-                del module.forward
-                if own is not None:
-                    module.forward = own
+            for module, forward in forwards.items():
+                module.forward = forward
 
 
 def _return_recorded(outputs: deque, forward: Callable, *args, **kwargs) -> Any:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scanlib.hooks import FeatureTap
-from scanlib.layers import Layout, find_default_layer, resolve_layer, to_channels_last
+from scanlib.layers import Layout, find_default_layer, resolve_layer
 from scanlib.masking import MASK_METHODS, blur_to_grid, compute_mask_scores
+from scanlib.structure.inputs import prepare_inputs, return_unchanged
 from scanlib.targets import Target, is_callable_target, resolve_classes
 from scanlib.training.decoder_file import compute_fingerprint
 from scanlib.training.feature_cache import EncodedLoader, FeatureCache, count_images, is_repeatable
@@ -59,7 +60,7 @@ class FeatureEncoder:
         self.model, self.image_size, self.device = model, image_size, device
         self.use_gradient_mask, self.mask_by, self.tap_type = use_gradient_mask, mask_by, tap_type
         self._requested_layer = resolve_layer(model, layer)[0]
-        self.preprocess: Callable[[Tensor], Tensor] = lambda images: images
+        self.preprocess: Callable[[Tensor], Tensor] = return_unchanged
         self._probe: Probe | None = None
         self._warned: set[str] = set()
 
@@ -83,13 +84,8 @@ class FeatureEncoder:
             self._probe = self._run_probe(self._requested_layer)
         return self._probe.layout
 
-    def _prepare_inputs(self, images: Tensor) -> Tensor:
-        inputs = self.preprocess(images)  # cast below to the model's precision
-        weight = next((parameter for parameter in self.model.parameters() if parameter.is_floating_point()), inputs)
-        return to_channels_last(inputs.to(weight.dtype))
-
     def _run_probe(self, layer_name: str) -> Probe:
-        inputs = self._prepare_inputs(torch.full((1, 3, *self.image_size), 127.5, device=self.device))
+        inputs = prepare_inputs(self.model, self.preprocess, torch.full((1, 3, *self.image_size), 127.5, device=self.device))
         with self.tap_type(self.model, layer_name) as tap:
             tap(inputs)
             layout = tap.layout
@@ -120,7 +116,7 @@ class FeatureEncoder:
             return (layout.to_tokens(x) if as_tokens else layout.to_maps(x)).float()
 
         with self.tap_type(self.model, self.layer_name) as tap:
-            logits = tap(self._prepare_inputs(images))
+            logits = tap(prepare_inputs(self.model, self.preprocess, images))
             if not is_callable_target(target):
                 target = resolve_classes(logits, target, unknown)
             features = arrange(tap.features)

@@ -324,7 +324,7 @@ def test_models_without_attention_over_the_image_raise(tiny, images, vit):
     with pytest.raises(ValueError, match=rf"{needed} SwinTransformer has none; use SCAN or a CAM \(seen: attention of "):
         AttentionRelevance(swin)(torch.rand(2, 3, 64, 64))
     with pytest.raises(
-        ValueError, match="ChannelAttention has none; .*seen: attention over 32 tokens that are not a grid of patches"
+        ValueError, match="ChannelAttention has none; .*over 32 tokens that are not a grid of patches"
     ):
         AttentionRollout(ChannelAttention())(torch.rand(2, 3, 16, 16))
     with pytest.raises(
@@ -349,7 +349,7 @@ def test_models_without_attention_over_the_image_raise(tiny, images, vit):
 
 def test_hooks_are_removed_after_an_error(vit):
     explain = AttentionRollout(vit, "encoder.layers.encoder_layer_1", preprocess=lambda images: images[:, :2])
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"as many channels as the model takes, got \(1, 2, 64, 64\)"):
         explain(torch.rand(1, 3, 64, 64))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
     assert not torch.overrides._get_current_function_mode_stack()
@@ -374,10 +374,14 @@ def test_relevance_tap_raises_without_readable_attention(tiny, images):
         pytest.raises(NoAttentionError, match=message.format("TinyNet") + ".*no self-attention for 4 images"),
     ):
         tap(images)
-    model = ChannelAttention()
-    with RelevanceTap(model, "embed") as tap:
+    with (
+        RelevanceTap(ChannelAttention(), "embed") as tap,
+        pytest.raises(NoAttentionError, match=message.format("ChannelAttention") + ".*32 tokens that are not a grid"),
+    ):
         tap(torch.rand(2, 3, 16, 16))
-        with pytest.raises(NoAttentionError, match=message.format("ChannelAttention") + ".*32 tokens that are not a grid"):
-            tap.gradient_and_relevance()
+    torch.manual_seed(0)
+    vit = torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=3).eval()
+    with RelevanceTap(vit, "conv_proj") as tap:
+        tap(torch.rand(2, 3, 32, 32))
         with pytest.raises(NoAttentionError, match="attention that does not influence the score"):
             tap.gradient_and_relevance(lambda row: tap.captured[0].sum() + 0 * row.detach()[0])

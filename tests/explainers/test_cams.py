@@ -506,7 +506,7 @@ def test_wrong_number_of_maps_raises():
             return self.head(self.norm(self.conv(x).flatten(2).permute(2, 0, 1)).mean(0))
 
     model, x = TokensFirst().eval(), torch.rand(4, 3, 20, 20)
-    with pytest.raises(ValueError, match="computed 25 maps for 4 images.*reshape"):
+    with pytest.raises(ValueError, match=r"returns \(25, 4, 8\) for 4 images: its first axis is not the batch.*reshape"):
         scanlib.GradCAM(model, "norm")(x, 1)
     fold = lambda tokens: tokens.permute(1, 2, 0).unflatten(2, (5, 5))  # noqa: E731
     assert scanlib.GradCAM(model, "norm", reshape=fold)(x, 1).shape == (4, 20, 20)
@@ -737,7 +737,7 @@ def test_invalid_images_raise():
     explainer = scanlib.GradCAM(TinyNet().eval(), "back")
     for images, message in (
         (torch.rand(16, 16), r"got \(16, 16\)"),
-        (torch.rand(2, 16, 16), r"got \(2, 16, 16\)"),
+        (torch.rand(2, 16, 16), r"got \(1, 2, 16, 16\)"),
         (torch.rand(2, 16, 16, 3), r"got \(2, 16, 16, 3\)"),
         (torch.rand(2, 6, 16, 16), r"got \(2, 6, 16, 16\)"),
         (np.zeros((1, 3, 16, 16)), "got ndarray"),

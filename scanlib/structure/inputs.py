@@ -1,0 +1,42 @@
+"""Prepare images for a model: its device, its precision, its memory format."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def return_unchanged(images: Tensor) -> Tensor:
+    """Return the images: the preprocess of models that take them as they are."""
+    return images
+
+
+def prepare_inputs(model: nn.Module, preprocess: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Preprocess images in [0, 255] on the model's device, in the model's precision.
+
+    Integers become float32 first: in uint8, 3 - 5 is 254. Raises ValueError for a preprocess that scales integers only, as
+    torchvision's presets do.
+    """
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    images = images if weight is None else images.to(weight.device)
+    inputs = preprocess(images.clone() if images.is_floating_point() else images.float())  # it may write into its argument
+    if type(preprocess).__module__.startswith("torchvision.transforms") and len(images) and _scales_integers(preprocess, images):
+        raise ValueError(
+            "preprocess must take float images in [0, 255], but this torchvision transform scales integers only; "
+            "pass lambda images: transform(images / 255)"
+        )
+    return to_channels_last(inputs.to(torch.get_default_dtype() if weight is None else weight.dtype))
+
+
+def _scales_integers(preprocess: Callable[[Tensor], Tensor], images: Tensor) -> bool:
+    image = images[:1].float().clamp(0, 255).round()
+    with contextlib.suppress(TypeError, ValueError):  # it takes no integers
+        return bool(preprocess(image).abs().max() > 10 * preprocess(image.to(torch.uint8)).float().abs().max().clamp_min(1))
+    return False
+
+
+def to_channels_last(inputs: Tensor) -> Tensor:
+    """Convert image batches on the CPU to channels-last memory format, in which convolutions run faster."""
+    is_image_batch = inputs.ndim == 4 and inputs.device.type == "cpu"
+    return inputs.contiguous(memory_format=torch.channels_last) if is_image_batch else inputs
