@@ -18,10 +18,19 @@ from torch.nn import functional as F
 
 
 def to_pixels(image: Tensor | np.ndarray) -> np.ndarray:
-    """Convert an image, (3, H, W) or (H, W, 3) in [0, 255], to (H, W, 3) uint8."""
+    """Convert an image, (3, H, W) or (H, W, 3) in [0, 255], to (H, W, 3) uint8. Grey images (1, H, W) become grey RGB.
+
+    Raises ValueError for another shape or number of channels, NaN or infinite values.
+    """
     pixels = _to_numpy(image)
-    if pixels.shape[0] == 3 and pixels.shape[-1] != 3:
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[-1] != 3:
         pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3):
+        advice = "for other channels pass the three to look at, as image[[0, 1, 2]]"
+        raise ValueError(f"image must be (3, H, W) or (1, H, W) in [0, 255], got {pixels.shape}; {advice}")
+    pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    if not np.isfinite(pixels).all():
+        raise ValueError("image must hold finite pixels in [0, 255], got NaN or infinite values")
     return pixels.round().clip(0, 255).astype(np.uint8)
 
 
@@ -43,6 +52,8 @@ def overlay(image: Tensor | np.ndarray, heat: Tensor | np.ndarray, opacity: floa
         raise ValueError(f"opacity must be in [0, 1], got {opacity}")
     pixels = to_pixels(image).astype(np.float32)
     heat = torch.as_tensor(heat, dtype=torch.float32)[None, None]
+    if heat.ndim != 4 or not heat.isfinite().all():
+        raise ValueError(f"heat must be a finite map (h, w) in [0, 1], got shape {tuple(heat.shape[2:])} or NaN values")
     if heat.shape[2:] != pixels.shape[:2]:
         heat = F.interpolate(heat, size=pixels.shape[:2], mode="bilinear", align_corners=False)
     return to_pixels((1 - opacity) * pixels + opacity * apply_colormap(heat[0, 0], colormap))

@@ -69,14 +69,31 @@ def compute_scores(outputs: Any, target: Target = None) -> Tensor:
     """
     if not is_callable_target(target):
         return outputs.gather(1, resolve_classes(outputs, target)[:, None])[:, 0]
+    check_count(target, len(outputs))
     functions = [target] * len(outputs) if callable(target) else list(target)
-    if len(functions) != len(outputs):
-        raise ValueError(f"target must be a callable or one per image, got {len(functions)} callables for {len(outputs)} images")
     scores = [function(output) for function, output in zip(functions, outputs, strict=True)]
     for score in scores:
         if not isinstance(score, Tensor) or score.numel() != 1:
             raise TypeError(f"target must map an image's output to a scalar tensor, as `lambda output: output[3]`, got {score!r}")
     return torch.stack([score.reshape(()) for score in scores])
+
+
+def check_count(target: Target, count: int) -> None:
+    """Raise ValueError for a list of callables whose length is not the number of images."""
+    if is_callable_target(target) and not callable(target) and len(target) != count:
+        raise ValueError(f"target must be a callable or one per image, got {len(target)} callables for {count} images")
+
+
+def select_class(output: Tensor, target: int) -> Tensor:
+    """Return the entry of a class in the output for one image. Raises ValueError for a class out of range."""
+    if not 0 <= target < len(output):
+        raise ValueError(f"target class {target} is out of range: the model has classes 0..{len(output) - 1}")
+    return output[target]
+
+
+def _widen(output: Tensor) -> Tensor:
+    """Convert half precision to float32: sums of exponentials overflow in float16."""
+    return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -86,7 +103,7 @@ class Probability:
     target: int
 
     def __call__(self, output: Tensor) -> Tensor:
-        return output.softmax(0)[self.target]
+        return select_class(_widen(output).softmax(0), self.target)
 
 
 @dataclass(frozen=True)
@@ -100,10 +117,9 @@ class LogProbability:
     target: int
 
     def __call__(self, output: Tensor) -> Tensor:
-        if not 0 <= self.target < len(output):
-            raise ValueError(f"target class {self.target} is out of range: the model has classes 0..{len(output) - 1}")
-        others = torch.cat([output[: self.target], output[self.target + 1 :]])
-        return -F.softplus(others.logsumexp(0) - output[self.target])
+        output = _widen(output)
+        own = select_class(output, self.target)
+        return -F.softplus(torch.cat([output[: self.target], output[self.target + 1 :]]).logsumexp(0) - own)
 
 
 @dataclass(frozen=True)
@@ -113,7 +129,7 @@ class ReST:
     target: int
 
     def __call__(self, output: Tensor) -> Tensor:
-        return output[self.target] + output.log_softmax(0)[self.target]
+        return select_class(_widen(output), self.target) + _widen(output).log_softmax(0)[self.target]
 
 
 @dataclass(frozen=True)
@@ -133,7 +149,7 @@ class OutputValue:
     index: int = 0
 
     def __call__(self, output: Tensor) -> Tensor:
-        return output.reshape(-1)[self.index]
+        return select_class(output.reshape(-1), self.index)
 
 
 @dataclass(frozen=True)
@@ -148,15 +164,20 @@ class Contrast:
     strength: float = 1.0
 
     def __call__(self, output: Tensor) -> Tensor:
-        own = int(output.argmax()) if self.target is None else self.target
+        output, own = _widen(output), int(output.argmax()) if self.target is None else self.target
+        own_score = select_class(output, own)
         if isinstance(self.references, int):
-            distance = (output - output[own]).detach().abs()
+            distance = (output - own_score).detach().abs()
             distance[own] = -1  # the class itself sorts first, even when others have the same logit
             others = distance.argsort(stable=True)[1 : self.references + 1]
         else:
-            others = torch.as_tensor(self.references, device=output.device)
+            for reference in self.references:
+                select_class(output, reference)  # raises for a class out of range
+            others = torch.as_tensor(self.references, dtype=torch.long, device=output.device)
+        if not len(others):
+            raise ValueError(f"references must be classes, or how many of them, at least 1, got {self.references!r}")
         probability = output.softmax(0)[others]
-        return (probability * (output[own] - self.strength * output[others])).sum() / probability.sum().clamp_min(1e-9)
+        return (probability * (own_score - self.strength * output[others])).sum() / probability.sum().clamp_min(1e-9)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +188,7 @@ class SegmentationScore:
     mask: Tensor = field(repr=False)
 
     def __call__(self, output: Tensor) -> Tensor:
-        return (output[self.target] * self.mask.to(output)).sum()
+        return (select_class(output, self.target) * self.mask.to(output)).sum()
 
 
 @dataclass(frozen=True, eq=False)

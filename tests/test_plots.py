@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from scanlib.explainers.factorization import Factorization
-from scanlib.plots import format_predictions, get_concept_colours, overlay, overlay_concepts, plot_comparison, plot_concepts
+from scanlib.plots import (
+    format_predictions,
+    get_concept_colours,
+    overlay,
+    overlay_concepts,
+    plot_comparison,
+    plot_concepts,
+    to_pixels,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +68,16 @@ def test_legend_of_concepts_names_their_classes():
     figure = plot_concepts(torch.rand(2, 3, 8, 8) * 255, found, ["disc", "star", "heart"])
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(texts) == 2 and texts[0].startswith("disc 0.99") and texts[1].startswith("heart 0.99")
+
+
+def test_grey_images_are_drawn_and_other_channels_raise():
+    grey = torch.arange(12.0).view(1, 3, 4) * 20
+    assert np.array_equal(to_pixels(grey), np.repeat((np.arange(12).reshape(3, 4, 1) * 20).astype(np.uint8), 3, 2))
+    assert overlay(grey, torch.zeros(3, 4)).shape == (3, 4, 3)
+    for channels in (2, 4, 11):
+        with pytest.raises(ValueError, match=rf"image must be \(3, H, W\) or \(1, H, W\) .*, got \({channels}, 24, 40\)"):
+            overlay(torch.rand(channels, 24, 40), torch.zeros(24, 40))
+    with pytest.raises(ValueError, match="NaN"):
+        to_pixels(torch.full((3, 4, 4), torch.nan))
+    with pytest.raises(ValueError, match="heat must be a finite map"):
+        overlay(grey, torch.full((3, 4), torch.nan))

@@ -15,6 +15,7 @@ from scanlib.targets import (
     ReST,
     SegmentationScore,
     Similarity,
+    check_count,
     compute_scores,
     is_callable_target,
     resolve_classes,
@@ -128,3 +129,28 @@ def test_log_probability_has_a_gradient_where_the_model_is_certain():
 def test_compute_scores_raises_for_wrong_targets(outputs, target, error, message):
     with pytest.raises(error, match=message):
         compute_scores(outputs, target)
+
+
+@pytest.mark.parametrize("kind", [Probability, LogProbability, ReST, Contrast, lambda c: Contrast(0, [c]), OutputValue])
+def test_classes_out_of_range_raise(kind):
+    for wrong in (-1, 5, 99):
+        with pytest.raises(ValueError, match=f"target class {wrong} is out of range: the model has classes 0..4"):
+            compute_scores(torch.randn(2, 5), kind(wrong))
+    with pytest.raises(ValueError, match="target class 5 is out of range"):
+        compute_scores(torch.randn(2, 5, 3, 3), SegmentationScore(5, torch.ones(3, 3)))
+    with pytest.raises(ValueError, match="references must be classes, or how many of them, at least 1, got 0"):
+        Contrast(1, 0)(torch.randn(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_half_precision_are_those_of_float32(dtype):
+    logits = torch.tensor([[40.0, 0, -30, 2], [60000, 1, 2, 3]], dtype=dtype)
+    for target in (Probability(1), LogProbability(1), ReST(0), Contrast(0), Contrast(3, [1, 2])):
+        scores = compute_scores(logits, target)
+        assert scores.isfinite().all() and torch.equal(scores, compute_scores(logits.float(), target))
+
+
+def test_wrong_number_of_callables_raises():
+    with pytest.raises(ValueError, match="target must be a callable or one per image, got 3 callables for 2 images"):
+        check_count([Probability(0)] * 3, 2)
+    check_count([Probability(0)] * 2, 2), check_count(Probability(0), 2), check_count([1, 2, 3], 2)  # the last is for others

@@ -15,7 +15,7 @@ from scanlib.explainers.base import Explainer, at_least_float32, full_precision
 from scanlib.explainers.formulas import FUSIONS, compute_first_component, fuse_maps
 from scanlib.hooks import FeatureTaps
 from scanlib.layers import resolve_layer
-from scanlib.targets import Contrast, Target, compute_scores, is_callable_target, resolve_classes
+from scanlib.targets import Contrast, Target, check_count, compute_scores, is_callable_target, resolve_classes
 
 
 class CAMExplainer(Explainer):
@@ -137,7 +137,12 @@ class CAMExplainer(Explainer):
 
 
 def choose_classes_once(targets: Sequence[Target], logits: Tensor) -> list[Target]:
-    """Replace classes and None by one class per image, so that changed inputs are explained for the same classes."""
+    """Replace classes and None by one class per image, so that changed inputs are explained for the same classes.
+
+    Raises ValueError for a wrong class, and for a wrong number of classes or callables.
+    """
+    for target in targets:
+        check_count(target, len(logits))
     return [target if is_callable_target(target) else resolve_classes(logits, target) for target in targets]
 
 

@@ -102,7 +102,9 @@ class FullGrad(Explainer):
         signed = torch.zeros(len(inputs), dtype=torch.promote_types(inputs.dtype, torch.float32), device=inputs.device)
         size = tuple(inputs.shape[2:])
 
-        def add(bias: Tensor, axis: int, layout: Layout | None, gradient: Tensor) -> None:
+        def add(bias: Tensor, axis: int, layout: Layout | None, gradient: Tensor | None) -> None:
+            if gradient is None:  # the score does not depend on the layer
+                return
             gradient, bias = at_least_float32(gradient), at_least_float32(bias)
             with full_precision(gradient):
                 signed.add_(

@@ -8,6 +8,7 @@ Results are cached: a new opacity or colour map runs no network; a new percentil
 the new map. Further training of a decoder is noticed; after other changes call ``renderer.clear_cache()``.
 """
 
+import numbers
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -20,11 +21,12 @@ from torchvision.transforms.functional import center_crop, resize
 
 from scanlib.explainers.base import prepare_inputs, resize_map, scale_to_unit_range
 from scanlib.explainers.weighted import SCANExplainer
-from scanlib.layers import eval_mode, get_logits
+from scanlib.layers import compute_logits
 from scanlib.masking import compute_threshold
 from scanlib.metrics.removal import are_probabilities, fill_mean
 from scanlib.plots import draw_labelled_row, overlay, to_pixels
 from scanlib.scan import SCAN
+from scanlib.structure.inputs import return_unchanged
 
 STRIPS = ("none", "layers", "percentiles")
 FILM_PERCENTILES = (0, 20, 40, 60, 80, 90, 95, 99)
@@ -100,12 +102,13 @@ class MapRenderer:
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
             shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images must be a tensor (N, 3, H, W) with N >= 1, got {shape}; for one image pass image[None]")
+        to_pixels(images[0])  # raises for images that cannot be drawn
         wrong = {name: explainer for name, explainer in explainers.items() if not _is_explainer(explainer)}
         if wrong or not explainers:
             kinds = "explainers, as GradCAM(model, layer) or scanner.as_explainer(), or dictionaries from layer name to explainer"
             raise ValueError(f"explainers must be {kinds}, got {wrong}")
         self.model, self.images, self.explainers = model, images.float(), dict(explainers)
-        self.preprocess = preprocess or (lambda images: images)
+        self.preprocess = preprocess or return_unchanged
         by_layer = [layer for explainer in explainers.values() if isinstance(explainer, Mapping) for layer in explainer]
         self.layers = list(dict.fromkeys(layers or by_layer)) or [""]
         self._cache: dict[Hashable, Any] = {}
@@ -127,8 +130,14 @@ class MapRenderer:
         """Return the view with its defaults filled in. Raise ValueError for a value out of range."""
         layer, methods = view.layer or self.layers[0], tuple(view.methods) or tuple(self.explainers)
         for name, highest in {"image": len(self.images) - 1, "percentile": 100, "opacity": 1, "top": 100}.items():
-            if not 0 <= getattr(view, name) <= highest:
-                raise ValueError(f"{name} must be in 0..{highest}, got {getattr(view, name)}")
+            value, kind = getattr(view, name), numbers.Integral if name == "image" else numbers.Real
+            if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value <= highest:
+                raise ValueError(f"{name} must be in 0..{highest}, got {value!r}")
+        for name in ("shared", "keep"):
+            if not isinstance(getattr(view, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(view, name)!r}")
+        if view.target is not None and (isinstance(view.target, bool) or not isinstance(view.target, numbers.Integral)):
+            raise ValueError(f"target must be a class index or None, got {view.target!r}")
         for name, value, choices in (("layer", layer, self.layers), ("strip", view.strip, STRIPS)):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -158,8 +167,7 @@ class MapRenderer:
 
     @torch.no_grad()
     def _run_model(self, images: Tensor) -> Tensor:
-        with eval_mode(self.model):
-            outputs = get_logits(self.model(prepare_inputs(self.model, self.preprocess, images))).float().cpu()
+        outputs = compute_logits(self.model, prepare_inputs(self.model, self.preprocess, images)).float().cpu()
         if outputs.ndim != 2 or outputs.shape[1] < 2:
             raise ValueError(f"model must return logits (N, K) of two classes or more, got {tuple(outputs.shape)}")
         return outputs if are_probabilities(outputs) else outputs.softmax(1)
@@ -188,7 +196,13 @@ class MapRenderer:
     def _decode(self, view: ResolvedView, explainer: SCANExplainer) -> tuple[Tensor, np.ndarray, float]:
         """Return SCAN's map (1, H, W), its reconstruction (H, W, 3) uint8, and the share of the features that its mask keeps."""
         scanner, image = explainer.scanner, self.images[view.image : view.image + 1]
-        image_key = (id(scanner), id(scanner.decoder), view.image, view.target)  # decoders differ in how they arrange features
+        image_key = (
+            id(scanner),
+            id(scanner.decoder),
+            scanner.encoder.preprocess,
+            view.image,
+            view.target,
+        )  # decoders differ in how they arrange features
 
         def compute() -> tuple[Tensor, np.ndarray, float]:
             features, scores = self._cached("features", *image_key, compute=lambda: scanner.extract(image, view.target))

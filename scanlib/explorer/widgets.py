@@ -104,7 +104,7 @@ class Explorer(DisplayedBox):
 
     @view.setter
     def view(self, view: View) -> None:
-        self._view = self.renderer.validate(view)
+        self._view = self.renderer.validate(view)  # before anything changes
         self._update()
 
     def set(self, **changes: Any) -> View:
@@ -149,13 +149,16 @@ class Explorer(DisplayedBox):
         self.message.value = f"<i>{html.escape(message)}</i>" if message else ""
 
     def _update_thumbnails(self) -> None:
-        boxes = []
+        old, boxes = self.thumbnails.children, []
         for index, image in enumerate(self.renderer.images):
             thumbnail = draw_labelled_row([(to_pixels(image), [str(index)])], panel=56)
             button = w.Button(description="look", layout=w.Layout(width="64px"))
             button.on_click(lambda _, index=index: self._change("image", index))
             boxes.append(w.VBox([w.Image(value=encode_png(thumbnail), format="png"), button]))
         self.thumbnails.children = boxes
+        for box in old:  # a widget lives until it is closed
+            for widget in (*box.children, box):
+                widget.close()
 
     def _add_upload(self, value: Mapping[str, Any] | Sequence[Any]) -> None:
         """Add an uploaded image and show it. ipywidgets 7 gives a dictionary by file name, ipywidgets 8 a tuple."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scanlib.explainers.base import at_least_float32, choose_batch_size, prepare_inputs, validate_maps
-from scanlib.layers import eval_mode, get_logits
+from scanlib.layers import compute_logits
 from scanlib.metrics.baselines import make_centre_maps, make_random_maps
 from scanlib.metrics.localisation import compute_energy_inside, compute_iou, compute_peak_inside, validate_masks
 from scanlib.metrics.quality import ExplainerFunction, compute_arcc, compute_coherency, compute_complexity, run_explainer
@@ -36,6 +36,7 @@ from scanlib.metrics.removal import (
 from scanlib.metrics.road import PERCENTILES, compute_road
 from scanlib.metrics.stability import compute_infidelity, compute_max_sensitivity
 from scanlib.metrics.table import Comparison
+from scanlib.structure.inputs import return_unchanged
 from scanlib.targets import Target, is_callable_target, resolve_classes
 
 
@@ -140,6 +141,7 @@ def compare(
     """
     from tqdm.auto import tqdm
 
+    _validate_arguments(images, explainers, steps)
     metrics, size, images = _select_metrics(metrics, masks), (images.shape[2], images.shape[3]), at_least_float32(images)
     seeds = itertools.count(seed)  # the random map differs from call to call, the centre prior does not
     baselines: dict[str, ExplainerFunction] = {
@@ -148,14 +150,12 @@ def compare(
     }
     if reserved := [name for name in baselines if name in explainers]:
         raise ValueError(f"explainers must not use the names of the baselines, which are always included, got {reserved}")
-    if not len(images):
-        raise ValueError(f"images must not be empty, got shape {tuple(images.shape)}")
     if masks is not None and validate_masks(masks).shape != (len(images), *size):
         raise ValueError(f"masks must have shape {(len(images), *size)} for these images, got {tuple(masks.shape)}")
     if is_callable_target(target):
         raise ValueError("target must be a class or one per image, got a callable; compare explains classes only")
     rank_locations(torch.zeros(1, *size), patch)  # raises for a wrong patch before anything is explained
-    preprocess = preprocess or (lambda images: images)
+    preprocess = preprocess or return_unchanged
     batch_size = choose_batch_size(images, batch_size, model)
     options = {"patch": patch, "batch_size": batch_size, "seed": seed}
     found = Comparison({}, {name: way for name, (way, _) in metrics.items()}, {}, {}, seed=seed)
@@ -165,21 +165,34 @@ def compare(
         f"steps, fill {getattr(fill, '__name__', 'your own').removeprefix('fill_')}; {kept}seed {seed}, "
         f"{time.strftime('%Y-%m-%d')}; ± is half the bootstrap 95 % interval over the images."
     )
-    with eval_mode(model):
-        with torch.no_grad():
-            logits = torch.cat([get_logits(model(prepare_inputs(model, preprocess, x))) for x in images.split(batch_size)])
-        classes = resolve_classes(logits, target).to(images.device)
-        score = build_class_score(model, preprocess, classes)
-        for name, explainer in tqdm([*explainers.items(), *baselines.items()], "compare", leave=False, disable=not progress):
-            if name in baselines:
-                maps = explainer(images, classes)
-            else:
-                maps, found.milliseconds[name] = _explain(name, explainer, images, classes, batch_size)
-            inputs = MetricInputs(explainer, score, images, maps, masks, classes, fill, steps, percentiles, options)
-            found.values[name] = {metric: measure(inputs).detach().cpu() for metric, (_, measure) in metrics.items()}
-            found.curves[name] = {curve: value.cpu() for curve, value in inputs.curves.items()}
-            found.maps[name] = maps.cpu()
+    with torch.no_grad():
+        logits = torch.cat([compute_logits(model, prepare_inputs(model, preprocess, x)) for x in images.split(batch_size)])
+    classes = resolve_classes(logits, target).to(images.device)
+    score = build_class_score(model, preprocess, classes)
+    for name, explainer in tqdm([*explainers.items(), *baselines.items()], "compare", leave=False, disable=not progress):
+        if name in baselines:
+            maps = explainer(images, classes)
+        else:
+            maps, found.milliseconds[name] = _explain(name, explainer, images, classes, batch_size)
+        inputs = MetricInputs(explainer, score, images, maps, masks, classes, fill, steps, percentiles, options)
+        found.values[name] = {metric: measure(inputs).detach().cpu() for metric, (_, measure) in metrics.items()}
+        found.curves[name] = {curve: value.cpu() for curve, value in inputs.curves.items()}
+        found.maps[name] = maps.cpu()
     return found
+
+
+def _validate_arguments(images: Tensor, explainers: Mapping[str, ExplainerFunction], steps: int) -> None:
+    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"images must be a tensor (N, 3, H, W) with N >= 1, got {shape}; signals and volumes can be explained, not compared"
+        )
+    classes = [each for each in explainers.values() if isinstance(each, type)] if isinstance(explainers, Mapping) else []
+    if classes or not isinstance(explainers, Mapping):
+        seen = f"the class {classes[0].__name__}" if classes else type(explainers).__name__
+        raise ValueError(f"explainers must be a dictionary such as {{'Grad-CAM': GradCAM(model)}}, got {seen}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an integer of 1 or more, got {steps!r}")
 
 
 def _select_metrics(metrics: Sequence[str] | Metrics | None, masks: Tensor | None) -> Metrics:

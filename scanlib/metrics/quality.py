@@ -20,9 +20,10 @@ ExplainerFunction = Callable[[Tensor, Target], Tensor]  # images (N, 3, H, W) in
 
 def run_explainer(explainer: ExplainerFunction, images: Tensor, target: Target = None) -> Tensor:
     """Call ``explainer(images, target)`` and return its maps, detached. Raises TypeError if these are not a tensor."""
-    if not callable(explainer) or not isinstance(maps := explainer(images, target), Tensor):
-        kind = type(explainer).__name__
-        raise TypeError(f"explainer must return maps (N, H, W), got {kind}; for a SCAN pass scanner.as_explainer()")
+    maps = explainer(images, target) if callable(explainer) else None
+    if not isinstance(maps, Tensor):
+        returned = f"{type(maps).__name__} from {type(explainer).__name__}" if callable(explainer) else type(explainer).__name__
+        raise TypeError(f"explainer must return maps (N, H, W), got {returned}; for a SCAN pass scanner.as_explainer()")
     return maps.detach()
 
 

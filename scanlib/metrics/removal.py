@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scanlib.explainers.base import at_least_float32, choose_batch_size, prepare_inputs, validate_maps
-from scanlib.layers import eval_mode, get_logits
+from scanlib.layers import compute_logits
 from scanlib.metrics.localisation import rank_pixels
 
 # images (B, 3, H, W) in [0, 255] and their indices (B,) -> scores (B,)
@@ -35,8 +35,7 @@ def build_class_score(model: nn.Module, preprocess: Callable[[Tensor], Tensor], 
 
     def score(images: Tensor, indices: Tensor) -> Tensor:
         nonlocal has_probabilities
-        with eval_mode(model):
-            output = get_logits(model(prepare_inputs(model, preprocess, images))).float()
+        output = compute_logits(model, prepare_inputs(model, preprocess, images)).float()
         if output.shape[1] < 2:
             raise ValueError("model must return logits (B, K >= 2), got a single output; pass your own score(images, indices)")
         if has_probabilities is None:
@@ -171,5 +170,8 @@ def compute_increase(before: Tensor, after: Tensor) -> Tensor:
 
 
 def compute_win(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Compute win %: 100 where ours is below theirs (low is good), 50 for a tie, else 0, (N,). Both sides add up to 100."""
-    return 100.0 * (ours < theirs) + 50.0 * (ours == theirs)
+    """Compute win %: 100 where ours is below theirs (low is good), 50 for a tie, else 0, (N,). Both sides add up to 100.
+
+    The result is nan where one of them is.
+    """
+    return torch.where(ours.isnan() | theirs.isnan(), torch.nan, 100.0 * (ours < theirs) + 50.0 * (ours == theirs))

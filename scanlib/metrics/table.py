@@ -33,22 +33,27 @@ class Comparison:
         return float(self.values[explainer][metric].double().nanmean())
 
     def interval(self, explainer: str, metric: str, draws: int = 2000) -> tuple[float, float]:
-        """Return the bootstrap 95 % interval of the mean, for other images of the same kind; nan for a single image."""
+        """Return the bootstrap 95 % interval of the mean, for other images of the same kind; nan with fewer than two values."""
         values = self.values[explainer][metric].double()
+        values = values[~values.isnan()]
         if len(values) < 2:
             return float("nan"), float("nan")
         drawn = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(self.seed))
-        low, high = values[drawn].nanmean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         return low, high
 
     def win(self, metric: str) -> dict[str, dict[str, float]]:
-        """Return win %: on how many images the row's explainer is better than the column's; a tie counts half for each."""
+        """Return win %: on how many images the row's explainer is better than the column's; a tie counts half for each.
+
+        Images where one of the two is nan do not count; without any other image the entry is nan.
+        """
         costs = {name: -self.better[metric] * each[metric] for name, each in self.values.items()}
-        return {a: {b: float(compute_win(costs[a], costs[b]).mean()) for b in costs if b != a} for a in costs}
+        return {a: {b: float(compute_win(costs[a], costs[b]).nanmean()) for b in costs if b != a} for a in costs}
 
     def leader(self, metric: str) -> str:
-        """Return the name with the best mean. If it is a baseline, doubt the metric or the explainers."""
-        return max(self.values, key=lambda name: self.better[metric] * self.mean(name, metric))
+        """Return the name with the best mean, or "" if all are nan. If it is a baseline, doubt the metric or the explainers."""
+        means = {name: self.better[metric] * self.mean(name, metric) for name in self.values}
+        return max((name for name, mean in means.items() if mean == mean), key=lambda name: means[name], default="")
 
     def rows(self) -> list[dict[str, float | str]]:
         """Return the table as it is saved: mean, low and high of every metric, and the time."""

@@ -170,8 +170,8 @@ def read_layout(
 ) -> Layout:
     """Return the layout of a layer's output; see ``Layout.infer``.
 
-    Where both readings fit, the layer runs on an image with a spot, for two places of the spot: the profile of its response
-    along the channel axis stays, that along a spatial axis moves.
+    Where both readings fit, the layer runs on a blank image with a spot, for two places of the spot: the centre of its response
+    moves along a spatial axis and stays along the channels.
 
     run: function from inputs (n, ...) to the layer's output. layout: overrules everything else.
     """
@@ -208,22 +208,22 @@ def is_channels_first(module: nn.Module, output: Tensor) -> bool | None:
 
 
 def _is_first_axis_channels(run: Callable[[Tensor], Tensor], inputs: Tensor) -> bool:
-    """Return whether axis 1 of the layer's output, and not the last one, holds the channels."""
-    sizes = inputs.shape[2:]
-    spots = inputs.expand(3, *inputs.shape[1:]).clone()
-    contrast = (inputs.amax() - inputs.amin()).clamp_min(1)
-    for spot, quarter in ((spots[1], 1), (spots[2], 3)):
-        place = (
-            slice(None),
-            *(slice(max(0, quarter * size // 4 - size // 8), quarter * size // 4 + size // 8 + 1) for size in sizes),
-        )
-        spot[place] += contrast
-    outputs = run(spots).detach().float()
-    profiles = (outputs[1:] - outputs[:1]).abs()
+    """Return whether axis 1 of the layer's output, and not the last one, holds the channels.
 
-    def compare(axis: int) -> float:
-        others = [each for each in range(1, profiles.ndim) if each != axis % profiles.ndim]
-        first, second = profiles.sum(others)
-        return float(torch.cosine_similarity(first, second, dim=0))
+    Compares the responses to a spot at a quarter and at three quarters of each side of a blank image.
+    """
+    images = inputs.mean(tuple(range(2, inputs.ndim)), keepdim=True).expand_as(inputs).repeat(3, *[1] * (inputs.ndim - 1))
+    for spot, quarter in ((images[1], 1), (images[2], 3)):
+        ends = [(quarter * size // 4, size // 8) for size in inputs.shape[2:]]
+        place = (slice(None), *(slice(max(0, middle - half), middle + half + 1) for middle, half in ends))
+        spot[place] += (inputs.amax() - inputs.amin()).clamp_min(1)
+    outputs = run(images).detach().float()
+    responses = (outputs[1:] - outputs[:1]).abs()
 
-    return compare(1) > compare(-1)
+    def measure_shift(axis: int) -> float:
+        """Return how far the centre of the response moves along an axis, as a share of its length."""
+        profiles = responses.movedim(axis, 1).flatten(2).sum(2)
+        centres = (profiles * torch.linspace(0, 1, profiles.shape[1], device=profiles.device)).sum(1) / profiles.sum(1)
+        return abs(float(centres[1] - centres[0]))
+
+    return measure_shift(1) < measure_shift(-1)

@@ -19,7 +19,7 @@ from scanlib.hooks import FeatureTap
 from scanlib.layers import Layout, find_default_layer, resolve_layer
 from scanlib.masking import MASK_METHODS, blur_to_grid, compute_mask_scores
 from scanlib.structure.inputs import prepare_inputs, return_unchanged
-from scanlib.targets import Target, is_callable_target, resolve_classes
+from scanlib.targets import Target, check_count, is_callable_target, resolve_classes
 from scanlib.training.decoder_file import compute_fingerprint
 from scanlib.training.feature_cache import EncodedLoader, FeatureCache, count_images, is_repeatable
 
@@ -117,6 +117,7 @@ class FeatureEncoder:
 
         with self.tap_type(self.model, self.layer_name) as tap:
             logits = tap(prepare_inputs(self.model, self.preprocess, images))
+            check_count(target, len(images))
             if not is_callable_target(target):
                 target = resolve_classes(logits, target, unknown)
             features = arrange(tap.features)

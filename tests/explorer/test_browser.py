@@ -52,7 +52,7 @@ def page(tmp_path):
         options = {"executable_path": CHROMIUM, "args": FLAGS, "headless": True, "viewport": {"width": 1500, "height": 1400}}
         context = playwright.chromium.launch_persistent_context(str(tmp_path / "profile"), **options)
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(120_000)
         yield page
         context.close()
 

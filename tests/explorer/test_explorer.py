@@ -399,3 +399,42 @@ def test_carousel_follows_a_training(parts):
     assert confidence.shape == (1, 64, 64) and reconstruction.shape == (1, 64, 64, 3)
     with pytest.raises(ValueError, match="every must be at least 1 step, got 0"):
         TrainingCarousel(scanner, images, every=0)
+
+
+def test_a_refused_change_leaves_the_view(parts):
+    classifier, images, explainers = parts
+    explorer = Explorer(classifier.model, images, explainers, preprocess=classifier.preprocess, classes=classifier.classes)
+    before, picture = explorer.view, explorer.picture.value
+    for changes in ({"shared": "x"}, {"keep": 1}, {"image": 1.5}, {"target": "3"}, {"percentile": b"9"}, {"opacity": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} must be"):
+            explorer.set(**changes)
+        assert explorer.view == before and explorer.picture.value == picture
+    assert explorer.set(image=1).image == 1
+
+
+def test_uploads_close_the_widgets_that_they_replace(parts):
+    classifier, images, explainers = parts
+    explorer = Explorer(classifier.model, images, explainers, preprocess=classifier.preprocess)
+    file = io.BytesIO()
+    Image.new("RGB", (80, 60), "orange").save(file, "png")
+    old = [widget for box in explorer.thumbnails.children for widget in (box, *box.children)]
+    explorer._add_upload([{"content": file.getvalue()}])
+    assert len(explorer.thumbnails.children) == 5 and all(widget.comm is None for widget in old)
+
+
+def test_images_that_cannot_be_drawn_raise():
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    with pytest.raises(ValueError, match=r"image must be \(3, H, W\) or \(1, H, W\) .*, got \(4, 8, 8\)"):
+        MapRenderer(model, torch.rand(2, 4, 8, 8), {"Grad-CAM": GradCAM(model, "0")})
+
+
+def test_another_preprocess_of_scan_is_noticed(parts):
+    classifier, images, _ = parts
+    scanner = SCAN(classifier.model, "layer4", (64, 64), device="cpu").set_preprocess(classifier.preprocess)
+    scanner.load_decoder(CHECKPOINTS / "signs_cnn_decoder.pt")
+    renderer = MapRenderer(classifier.model, images, {"SCAN": scanner.as_explainer()}, preprocess=classifier.preprocess)
+    view = View(target=3)
+    before = renderer.compute_map(view, "SCAN")
+    scanner.set_preprocess(lambda images: classifier.preprocess(255 - images))
+    assert not torch.equal(renderer.compute_map(view, "SCAN"), before)
+    torch.testing.assert_close(renderer.compute_map(view, "SCAN"), scanner(images[0], 3)[0])

@@ -1,7 +1,9 @@
 import csv
+import math
 
 import pytest
 import torch
+from torch import nn
 
 from scanlib import SCAN, GradCAM, LayerCAM, SmallResNet
 from scanlib.metrics import (
@@ -136,7 +138,9 @@ def test_scan_explainer_and_its_scanner(tiny, images):
         lambda: randomise_parameters(lambda model: scanner, tiny, images, classes),
         lambda: compare(tiny, images, {"SCAN": scanner}, ["deletion"], **options),
     ):
-        with pytest.raises(TypeError, match=r"explainer must return maps \(N, H, W\), got SCAN; .* scanner.as_explainer\(\)"):
+        with pytest.raises(
+            TypeError, match=r"explainer must return maps \(N, H, W\), got tuple from SCAN; .* scanner.as_explainer\(\)"
+        ):
             call()
     with pytest.raises(TypeError, match="explainer must return maps .*, got Tensor"):
         compare(tiny, images, {"maps": maps}, ["deletion"], **options)
@@ -152,7 +156,7 @@ def test_compare_raises_for_wrong_arguments(scene):
             {"explainers": {"random": explainers["Grad-CAM"]}},
             r"names of the baselines, which are always included, got \['random'\]",
         ),
-        ({"images": images[:0]}, r"images must not be empty, got shape \(0, 3, 32, 32\)"),
+        ({"images": images[:0]}, r"images must be a tensor \(N, 3, H, W\) with N >= 1, got \(0, 3, 32, 32\)"),
         ({"target": [1, 2]}, "got 2 classes for 5 images"),
         ({"target": [3]}, "got 1 classes for 5 images"),
         ({"target": 10}, "target class 10 is out of range"),
@@ -162,6 +166,16 @@ def test_compare_raises_for_wrong_arguments(scene):
         ({"patch": 33}, "patch must be from 1 to 32 pixels .*, got 33"),
         ({"explainers": {"broken": lambda x, target: x[:, 0] / 0 * 0}}, "broken: maps must be finite, got NaN"),
         ({"explainers": {"raw": lambda x, target: x[:, 0]}}, "raw: maps must be in .*, got .* to .*"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(**{"model": model, "images": images, "explainers": explainers, "progress": False} | arguments)
+    for arguments, message in (
+        ({"images": images[0]}, r"images must be a tensor \(N, 3, H, W\) with N >= 1, got \(3, 32, 32\)"),
+        ({"images": images.numpy()}, "images must be a tensor .*, got ndarray"),
+        ({"images": images[..., 0]}, "signals and volumes can be explained, not compared"),
+        ({"explainers": [GradCAM(model)]}, "explainers must be a dictionary such as"),
+        ({"explainers": {"Grad-CAM": GradCAM}}, "explainers must be a dictionary such as"),
+        ({"steps": 0}, "steps must be an integer of 1 or more, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             compare(**{"model": model, "images": images, "explainers": explainers, "progress": False} | arguments)
@@ -195,3 +209,27 @@ def test_plot_intervals_draws_means_and_intervals(scene):
     assert tuple(interval.get_xdata()) == found.interval("Grad-CAM", "energy")
     assert float(mean.get_xdata()[0]) == found.mean("Grad-CAM", "energy")
     plt.close(figure)
+
+
+def test_rows_of_nan_neither_lead_nor_win():
+    nan = torch.nan
+    values = {"broken": [nan, nan, nan], "partly": [1.0, nan, 3.0], "whole": [2.0, 2.0, 5.0]}
+    table = Comparison({name: {"deletion": torch.tensor(row)} for name, row in values.items()}, {"deletion": -1}, {}, {})
+    assert table.leader("deletion") == "partly" and table.mean("partly", "deletion") == 2
+    assert table.win("deletion")["partly"]["whole"] == 100  # on the two images where both have a value
+    assert math.isnan(table.win("deletion")["partly"]["broken"])
+    low, high = table.interval("partly", "deletion")  # a draw of nan alone is impossible
+    assert 1 <= low <= 2 <= high <= 3
+    assert all(map(math.isnan, table.interval("broken", "deletion")))
+    assert "**2.000 ± 1.000**" in table.to_markdown()
+    only = Comparison({"broken": {"deletion": torch.tensor([nan])}}, {"deletion": -1}, {}, {})
+    assert only.leader("deletion") == "" and "**" not in only.to_markdown()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 11])
+def test_images_of_any_number_of_channels(channels):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    images, masks = 255 * torch.rand(3, channels, 24, 40), torch.rand(3, 24, 40) > 0.7
+    table = compare(model, images, {"Grad-CAM": GradCAM(model, "0")}, list(METRICS), masks=masks, progress=False)
+    assert all(value.isfinite().all() for value in table.values["Grad-CAM"].values())
