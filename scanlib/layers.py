@@ -6,7 +6,7 @@ logits = compute_logits(model, inputs)                                          
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -120,16 +120,3 @@ def _describe_outputs(outputs: Any) -> str:
     if isinstance(outputs, (tuple, list)):
         return f"a {type(outputs).__name__} of {len(outputs)} entries"
     return type(outputs).__name__
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Put every module into eval mode, and restore each one's own mode afterwards, also after an exception."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield model
-    finally:
-        for module in training:
-            module.training = True

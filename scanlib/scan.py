@@ -222,6 +222,7 @@ class SCAN:
             try:
                 history = trainer.fit(batches, epochs, validation, verbose)
             finally:
+                trainer.on_step = None
                 state.is_trained = state.is_trained or trainer.epoch > 0  # a finished run is resumed without a step
                 state.module.eval()
         return {"loss": [], "val_loss": []} | history
@@ -229,8 +230,8 @@ class SCAN:
     def encode_dataset(self, dataloader: Iterable, seed: int = 0, verbose: bool = True) -> FeatureCache:
         """Encode a loader's images once, for ``set_dataset``.
 
-        The cache serves all scanners with the same model, layer, image size, masks, device, and decoder size and kind. The
-        preprocessing must be the same too; it is not checked. Random augmentation is drawn once.
+        The cache serves all scanners with the same model, layer, image size, masks, device, and decoder size and kind. Random
+        augmentation is drawn once.
         """
         return self._build_batch_encoder().build_cache(dataloader, seed, verbose)
 

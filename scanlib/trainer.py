@@ -17,13 +17,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from operator import length_hint
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scanlib.training import distributed
-from scanlib.training.checkpoint import load_checkpoint, save_checkpoint
+from scanlib.training.checkpoint import check_writable, is_plain, is_same, load_checkpoint, load_state, save_checkpoint
+from scanlib.training.interrupts import delay_interrupts
 from scanlib.training.metrics import Accuracy as Accuracy, Totals
 from scanlib.training.randomness import isolated_rng, iterate_seeded_batches
 
@@ -98,6 +100,7 @@ class Trainer:
         self.history: dict[str, list[float]] = {}
         self._first_epoch = 0  # of the current fit; an interrupted fit keeps it for the next call
         self._totals = Totals(self.metrics)  # of the current epoch
+        self._source: Any = None  # of the batches of the current epoch
 
     def fit(
         self, loader: Iterable, epochs: int, validation: Iterable | None = None, verbose: bool = True
@@ -111,9 +114,12 @@ class Trainer:
             raise ValueError(f"epochs must be an integer of at least 1, got {epochs}")
         first, goal = self._first_epoch, self._first_epoch + int(epochs)
         verbose = verbose and distributed.is_main_process()
+        source = getattr(loader, "source", loader)  # encoded batches are built anew for each fit
+        if source is not self._source:
+            self._source, self.step = source, 0  # an epoch on other data begins anew
         try:
             with distributed.main_process_first():  # it may still be writing the checkpoint of the last fit
-                self._resume()
+                self._resume(verbose)
             if distributed.all_reduce_sum([self.epoch])[0] != self.epoch * distributed.get_world_size():
                 raise ValueError(f"checkpoint must be on a disk that all processes read; some do not find {self.checkpoint}")
             run_step = self.step_function
@@ -124,7 +130,8 @@ class Trainer:
                 results = self._totals.compute("loader")
                 if validation is not None:
                     results |= self._validate(run_step, validation)
-                self._finish_epoch(results)
+                with delay_interrupts():
+                    self._finish_epoch(results)
                 if verbose:
                     latest = "  ".join(f"{name} {values[-1]:.4f}" for name, values in self.history.items())
                     print(f"epoch {self.epoch}/{goal}: {latest}")
@@ -143,10 +150,11 @@ class Trainer:
         total = length_hint(loader) or None  # a stream has no length
         bar = tqdm(total=total, desc=f"epoch {self.epoch + 1}/{goal}", disable=not verbose, leave=False)
         saved = time.monotonic()
-        with bar, isolated_rng(self.device):
+        with bar, isolated_rng():
             for count, batch in enumerate(iterate_seeded_batches(loader, self.seed, self.epoch), 1):
                 if count > self.step:  # the steps before were done before the run was killed
-                    self._train_step(run_step, batch)
+                    with delay_interrupts():  # the step and its counter are one
+                        self._train_step(run_step, batch)
                     bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
                     if self.on_step is not None:
                         self.on_step(self)
@@ -176,7 +184,7 @@ class Trainer:
     def _validate(self, run_step, loader):
         self.model.eval()
         totals = Totals(copy.deepcopy(self.metrics))  # the metrics of training keep their state
-        with isolated_rng(self.device):
+        with isolated_rng():
             # DDP copies the buffers of the main process before the first batch: every process validates what that one saves
             for batch in iterate_seeded_batches(loader, self.seed, self.epoch):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
@@ -223,33 +231,49 @@ class Trainer:
         }
         save_checkpoint(content, self.checkpoint)
 
-    def _resume(self):
-        if self.checkpoint is None or not Path(self.checkpoint).exists():
+    def _resume(self, verbose):
+        if self.checkpoint is None:
+            return
+        if not Path(self.checkpoint).exists():
+            check_writable(self.checkpoint)
             return
         required = ("config", "progress", "metrics", "model", "optimizer", "scheduler")
         saved = load_checkpoint(self.checkpoint, required, self.device)
+        own = copy.deepcopy([part and part.state_dict() for part in (self.model, self.optimizer, self.scheduler)])
+        started = self.epoch, self.step
         try:
-            self._load(saved)
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            with delay_interrupts():
+                self._load(saved)
+        except Exception as error:
+            for part, state in zip((self.model, self.optimizer, self.scheduler), own, strict=True):
+                if part:
+                    part.load_state_dict(state)  # a refused checkpoint changes nothing
+            if isinstance(error, ValueError):
+                raise
             reason = type(error).__name__
             raise ValueError(f"{self.checkpoint} is not a checkpoint of this kind of run ({reason}); delete it") from error
+        if verbose and (self.epoch, self.step) != started:
+            print(f"{self.checkpoint}: continuing after {self.epoch} epochs and {self.step} steps")
 
     def _load(self, saved: dict):
         progress = saved["progress"]
         ours, theirs = self.config | {"seed": self.seed}, saved["config"] | {"seed": progress["seed"]}
         for name in ours | theirs:
-            if ours.get(name) != theirs.get(name):
+            if not is_same(ours.get(name), theirs.get(name)):
                 message = f"{self.checkpoint} is of a run with {name} = {theirs.get(name)}, this one has {ours.get(name)}"
                 raise ValueError(f"{message}; delete it or give another path")
         if progress["epoch"] < self.epoch:
             return  # this trainer has trained for longer
-        if len(saved["metrics"]) != len(self.metrics):
-            raise KeyError("metrics")
-        self.model.load_state_dict(saved["model"])
+        counts, history = [progress["epoch"], progress["step"]], progress["history"]
+        if len(saved["metrics"]) != len(self.metrics) or not all(type(count) is int and count >= 0 for count in counts):
+            raise KeyError("metrics or progress")
+        if not is_plain(progress) or any(len(values) > counts[0] for values in history.values()):
+            raise KeyError("progress")
+        load_state(self.model, saved["model"], self.checkpoint)
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(saved["scheduler"])
-        self.epoch, self.step, self.history = progress["epoch"], progress["step"], progress["history"]
+        (self.epoch, self.step), self.history = counts, history
         self._totals = Totals(self.metrics)
         if distributed.is_main_process():  # the other processes have nothing to add to the sums of a single one
             self._totals.loss, self._totals.images = progress["sums"]

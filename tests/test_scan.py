@@ -643,7 +643,7 @@ def test_load_decoder_raises_for_damaged_and_hostile_files(tiny, images, tmp_pat
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     torch.save(Hostile(), tmp_path / "hostile.pt")
     for name in ("cut.pt", "hostile.pt"):
-        with pytest.raises(ValueError, match=f"{name} is truncated or not a plain checkpoint"):
+        with pytest.raises(ValueError, match=f"{name} is damaged or not a plain checkpoint"):
             make_scanner(tiny).load_decoder(tmp_path / name)
     assert "code ran" not in capsys.readouterr().out
     torch.save(tiny.state_dict(), tmp_path / "other.pt")

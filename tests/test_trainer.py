@@ -218,7 +218,8 @@ def test_fit_raises_one_line_for_a_damaged_checkpoint(tmp_path):
     content = load_checkpoint(tmp_path / "run.pt")
     for key, value in (("progress", 3), ("config", 3), ("metrics", []), ("model", 3), ("optimizer", 3)):
         torch.save(content | {key: value}, tmp_path / "bad.pt")
-        with pytest.raises(ValueError, match=r"bad.pt is (not a checkpoint of this kind of run|of a run with)") as raised:
+        kinds = "bad.pt (is not a checkpoint of this kind of run|is of a run with|must hold a state dict)"
+        with pytest.raises(ValueError, match=kinds) as raised:
             build_trainer(tmp_path / "bad.pt").fit(build_loader(), 1, verbose=False)
         assert "\n" not in str(raised.value)
 

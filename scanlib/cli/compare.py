@@ -13,6 +13,7 @@ from scanlib.explainers.weighted import explain_log_probability
 from scanlib.metrics import fill_black, fill_blur, fill_imputed, fill_mean
 from scanlib.metrics.compare import METRICS, compare
 from scanlib.metrics.removal import Fill
+from scanlib.training.checkpoint import check_writable
 
 FILLS: dict[str, Fill] = {"mean": fill_mean, "blur": fill_blur, "black": fill_black, "road": fill_imputed}
 
@@ -27,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patch", type=int, default=16, help="side in pixels of the patches that are removed")
     parser.add_argument("--fill", choices=FILLS, default="mean", help="what replaces removed patches")
     parser.add_argument("--steps", type=int, default=10, help="number of steps of deletion and insertion")
-    parser.add_argument("--limit", type=int, default=500, help="maximum number of images")
+    parser.add_argument("--limit", type=int, default=500, help="maximum number of images, spread evenly over the folder")
     parser.add_argument("--batch-size", type=int, help="images per batch; default: chosen for the device")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write the table to this .md or .csv file")
@@ -39,6 +40,8 @@ def run(options: argparse.Namespace) -> None:
     validate_methods("--evidence", [options.evidence])
     if options.out and options.out.suffix not in (".md", ".csv"):
         raise ValueError(f"--out must be a .md or .csv file, got {options.out}")
+    if options.out:
+        check_writable(options.out)
     if bool(options.decoder) == bool(options.model):
         raise ValueError("--decoder or --model: exactly one must be given, to choose the classifier")
     if options.evidence and not options.decoder:
@@ -71,17 +74,17 @@ def run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        (table.to_csv if options.out.suffix == ".csv" else table.to_markdown)(options.out)
     print(table)
+    if options.out:
+        (table.to_csv if options.out.suffix == ".csv" else table.to_markdown)(options.out)
 
 
 def _load_images(data: str, size: int, limit: int) -> tuple[Tensor, Tensor | None]:
-    """Load images (N, 3, size, size), and the masks of Signs."""
+    """Load images (N, 3, size, size), and the masks of Signs. Of a folder with more images every k-th is taken."""
     if data == "signs":
         signs = Signs(limit, size, seed=1)
         scenes = [signs.scene(i) for i in range(limit)]
         return torch.stack([scene.image for scene in scenes]), torch.stack([scene.masks[0] for scene in scenes])
     photos = PhotoFolder(data, size)
-    return torch.stack([photos[i][0] for i in range(min(limit, len(photos)))]), None
+    count = min(limit, len(photos))
+    return torch.stack([photos[i * len(photos) // count][0] for i in range(count)]), None  # files are sorted by class

@@ -8,13 +8,15 @@ import torch
 from scanlib.cli.shared import METHODS, add_model_options, build_explainer, load_models, parse_class, validate_methods
 from scanlib.data import read_image
 from scanlib.explainers.base import prepare_inputs
-from scanlib.layers import eval_mode, get_logits
+from scanlib.layers import compute_logits
 from scanlib.models.zoo import Classifier
 from scanlib.plots import overlay, plot_panels
 from scanlib.scouter.model import BaseClassifier, Scouter
 from scanlib.scouter.recipes import load_model
 from scanlib.targets import LogProbability
+from scanlib.training.checkpoint import check_writable
 
+FIGURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")  # formats that matplotlib writes
 Panels = tuple[list[list], list[str], list[str]]  # rows of panels, column titles, row titles
 
 
@@ -42,18 +44,22 @@ def run(options: argparse.Namespace) -> None:
     """Explain the images, save the figure, and print what each row shows."""
     if sum(map(bool, (options.decoder, options.scouter, options.model))) != 1:
         raise ValueError("--decoder, --scouter or --model: exactly one must be given, to choose what to explain")
+    if options.out.is_dir() or options.out.suffix.lower() not in FIGURES:
+        raise ValueError(f"--out must be a file that ends in {', '.join(FIGURES)}, got {str(options.out)!r}")
+    check_writable(options.out)
     validate_methods("--method", [options.method])
     validate_methods("--evidence", [options.evidence])
     if options.model and not options.method:
         raise ValueError("--model needs a --method; to explain by SCAN give a --decoder instead")
     if options.evidence and (options.method or not options.decoder):
         raise ValueError("--evidence needs a --decoder and no --method: it is weighted by SCAN's confidence")
+    if options.layer and not (options.method or options.evidence):
+        raise ValueError("--layer needs a --method or --evidence: a decoder and slots belong to the layer they were trained for")
     if options.log_probability and options.scouter and not options.method:
         raise ValueError("--log-probability needs a --decoder or a --method: slots explain logits")
     explain = _explain_by_slots if options.scouter and not options.method else _explain_classifier
     rows, titles, names = explain(options)
     figure = plot_panels(rows, titles, names, size=2.2)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=120)
     for path, name in zip(options.images, names, strict=True):
         print(f"{path}: {name}".replace("\n", "; "))
@@ -74,9 +80,9 @@ def _explain_classifier(options: argparse.Namespace) -> Panels:
     size = classifier.image_size if scanner is None else scanner.image_size
     images = torch.stack([read_image(path, size[0]) for path in options.images])
     target = parse_class(options.target, classifier.classes)
-    with torch.no_grad(), eval_mode(classifier.model):
+    with torch.no_grad():
         inputs = prepare_inputs(classifier.model, classifier.preprocess, images)
-        probabilities = get_logits(classifier.model(inputs)).softmax(1).cpu()
+        probabilities = compute_logits(classifier.model, inputs).softmax(1).cpu()
     classes = probabilities.argmax(1).tolist() if target is None else [target] * len(images)
     targets = [LogProbability(c) for c in classes] if options.log_probability else classes
     reconstruction = {}

@@ -13,6 +13,7 @@ from typing import Any
 
 from scanlib.models.zoo import parse_weights
 from scanlib.scouter.recipes import FROM_BASE, PRESETS, Recipe, expand_sweep, read_finished_metrics, train_recipe
+from scanlib.training.checkpoint import check_writable
 from scanlib.training.distributed import is_main_process, process_group
 
 SWEEP_TYPES: dict[str, type] = {"lam": float, "power": float, "slots": int, "classes": int}
@@ -56,6 +57,7 @@ def run(options: argparse.Namespace) -> None:
     if options.out.is_dir():
         raise ValueError(f"--out must be a file, got the folder {options.out}; give {options.out / 'scouter.pt'}")
     recipes = parse_recipes(options)
+    check_writable(options.out)
     swept = [name for name in SWEEP_TYPES if len({getattr(recipe, name) for recipe in recipes}) > 1]
     table = [[*swept, *METRICS], ["---"] * (len(swept) + len(METRICS))]
     with process_group():

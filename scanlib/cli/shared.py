@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``explain`` and ``compare`` that choose a classifier, its SCAN, and what is explained."""
     parser.add_argument("--decoder", type=Path, help="file of a decoder, saved by train: chooses the classifier and adds SCAN")
     parser.add_argument("--model", help="without --decoder: signs_cnn, signs_vit, vit_tiny, or any torchvision classifier")
-    parser.add_argument("--weights", help="path of a state dict, or DEFAULT; default: as in training, or DEFAULT")
+    parser.add_argument("--weights", help="path of a state dict, DEFAULT, or none; default: as in training, or DEFAULT")
     parser.add_argument("--evidence", metavar="METHOD", help="with --decoder: the map of METHOD, weighted by SCAN's confidence")
     parser.add_argument("--log-probability", action="store_true", help="explain the class's log-probability instead of its logit")
 
@@ -53,7 +54,12 @@ def load_models(options: argparse.Namespace) -> tuple[Classifier, SCAN | None]:
     if not isinstance(notes, dict) or not isinstance(notes.get("model"), str):
         way = "explain in Python with SCAN(...).load_decoder(path)"
         raise ValueError(f"--decoder must name its classifier, and {options.decoder} does not; {way}")
-    classifier = load_classifier(notes["model"], options.weights or notes.get("weights", "DEFAULT"))
+    weights = parse_weights(options.weights) if options.weights else notes.get("weights", "DEFAULT")
+    if weights is None:
+        raise ValueError(
+            f"--weights must be those that {options.decoder} was trained for, got none; give the path of a state dict"
+        )
+    classifier = load_classifier(notes["model"], weights)
     size, mask_by = tuple(identity["image_size"]), identity["mask_by"]
     scanner = SCAN(classifier.model, identity["layer"], size, device=options.device, mask_by=mask_by)
     return classifier, scanner.set_preprocess(classifier.preprocess).load_decoder(options.decoder)
@@ -63,7 +69,7 @@ def parse_class(text: str | None, classes: Sequence[str]) -> int | None:
     """Return the index of a class given by index or name; None, the predicted class, stays None."""
     if text is None:
         return None
-    if text.lstrip("-").isdigit():
+    if re.fullmatch("-?[0-9]+", text):
         index = int(text)
         if not 0 <= index < len(classes):
             raise ValueError(f"--class must be in 0..{len(classes) - 1} for this model, got {index}")

@@ -1,6 +1,7 @@
 """The command ``train``: train SCAN's decoder for one layer of a classifier, on a folder of images."""
 
 import argparse
+import zlib
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from scanlib.data import PhotoFolder, Signs
 from scanlib.masking import MASK_METHODS
 from scanlib.models.zoo import load_classifier, parse_weights
 from scanlib.scan import SCAN
+from scanlib.training.checkpoint import check_writable
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +57,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--epochs and --learning-rate must be positive, got {options.epochs} and {options.learning_rate}")
     if options.out.is_dir():
         raise ValueError(f"--out must be a file, got the folder {options.out}; give {options.out / 'decoder.pt'}")
+    check_writable(options.out)
     classifier = load_classifier(options.model, options.weights)
     size = (options.image_size, options.image_size) if options.image_size else classifier.image_size
     if options.data == "signs":
@@ -76,6 +79,10 @@ def run(options: argparse.Namespace) -> None:
     scanner.generate_decoder(is_transformer, options.widths, output_stride=options.output_stride, upsampling=options.upsampling)
     schedule = {"max_lr": options.learning_rate, "total_steps": max(1, options.epochs * len(loader))}
     scanner.compile(options.alpha, scheduler_class=OneCycleLR, scheduler_kwargs=schedule, scheduler_interval="step")
+    files = [path.name for path in data.files] if isinstance(data, PhotoFolder) else [options.data]
+    where = str(Path(options.data).resolve()) if isinstance(data, PhotoFolder) else options.data
+    scanner.trainer.config["data"] = f"{where}, {len(data)} images, {zlib.crc32(' '.join(files).encode()):08x}"
+    scanner.trainer.config |= {"batch_size": options.batch_size, "validation": options.validation}
     checkpoint = options.out.with_name(options.out.name + ".run")
     scanner.fit(options.epochs, checkpoint=checkpoint, seed=options.seed, amp=options.amp)
     weights = options.weights if options.weights in (None, "DEFAULT") else str(Path(options.weights).resolve())

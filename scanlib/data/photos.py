@@ -17,26 +17,50 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"),
+    *(".avif", ".heic", ".heif"),  # HEIC needs the package pillow-heif
+)
+MAX_PIXELS = 64_000_000  # of a file; a small file may claim any size
 
 
 def read_image(file: str | os.PathLike | BinaryIO, size: int | None = None) -> Tensor:
     """Read one image as float32 (3, H, W) in [0, 255].
 
     With ``size``, resize the short side to ``size`` pixels and crop the centre. The image is rotated as its EXIF tag says; grey,
-    palette and transparent images become RGB. Raises OSError if the file cannot be read.
+    palette and transparent images become RGB. Raises OSError if the file cannot be read or has more than ``MAX_PIXELS``.
+
+    Deep greyscale (16 and 32 bits, floating point) is scaled by the smallest range that holds its values: [0, 1] for floating
+    point, [0, 255], [0, 1023], [0, 4095], [0, 16383] or [0, 65535]; else, and with negative values, from its minimum to its
+    maximum.
     """
+    if isinstance(file, (str, os.PathLike)) and Path(file).exists() and not Path(file).is_file():
+        raise OSError(f"{file} is not a file, so it cannot be read as an image")
     with Image.open(file) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            size_now = f"{opened.width} x {opened.height}"
+            raise OSError(f"{file} has {size_now} pixels, more than {MAX_PIXELS / 1e6:.0f} million; make it smaller first")
         image = ImageOps.exif_transpose(opened)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         if image.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel: scale, because convert() would clip
-            values = np.asarray(image, dtype=np.float32)
-            image = Image.fromarray((values / (257 if values.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
+            image = Image.fromarray(_scale_to_bytes(np.asarray(image)))
         image = image.convert("RGB")
         if size is not None:
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1).contiguous()
+
+
+def _scale_to_bytes(values: np.ndarray) -> np.ndarray:
+    """Scale deep greyscale (H, W) to uint8; see ``read_image``."""
+    if not np.isfinite(values).all():
+        raise OSError("the image holds NaN or infinite values")
+    low, high = float(values.min()), float(values.max())
+    ranges = [1.0] if values.dtype.kind == "f" else []
+    top = next((top for top in (*ranges, 255, 1023, 4095, 16383, 65535) if high <= top), None)
+    if low < 0 or top is None:
+        return ((values - low) * (255 / max(high - low, 1e-12))).round().clip(0, 255).astype(np.uint8)
+    return (values * (255 / top)).round().clip(0, 255).astype(np.uint8)
 
 
 def _simplify_name(name: str) -> str:  # "Great_White_Shark" -> "great white shark"
@@ -44,9 +68,20 @@ def _simplify_name(name: str) -> str:  # "Great_White_Shark" -> "great white sha
 
 
 def list_image_files(root: Path) -> list[Path]:
-    """Return the image files below a folder, sorted; skip hidden ones, follow links, and visit each folder once."""
+    """Return the image files below a folder, sorted; skip hidden ones, follow links, and visit each folder once.
+
+    Raises OSError for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        if isinstance(error, FileNotFoundError):
+            return
+        raise OSError(
+            f"the folder {error.filename} cannot be read ({error.strerror}); make it readable or move it away"
+        ) from error
+
     files, visited = list[Path](), set[str]()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if os.path.realpath(folder) in visited:
             subfolders.clear()
@@ -56,12 +91,14 @@ def list_image_files(root: Path) -> list[Path]:
     return sorted(files)
 
 
-def _is_readable(path: Path) -> bool:
+def _find_fault(path: Path) -> str:
+    """Return why a file cannot be read as an image; "" if it can."""
     try:
         read_image(path, 8)  # only decoding finds truncated files
-    except Exception:  # Pillow's plugins raise many kinds
-        return False
-    return True
+    except Exception as error:  # Pillow's plugins raise many kinds
+        hint = "install pillow-heif and call its register_heif_opener()" if path.suffix.lower() in (".heic", ".heif") else ""
+        return hint or " ".join(str(error).split())[:100] or type(error).__name__
+    return ""
 
 
 class ImageFiles(Dataset):
@@ -85,12 +122,12 @@ class PhotoFolder(ImageFiles):
 
     A label of -1 means unknown, and SCAN then explains the predicted class. The constructor decodes every file once. It skips
     files that cannot be read, names them in a warning, and lists them in ``skipped``. Raises FileNotFoundError if ``root`` is not
-    a folder, ValueError if it has no readable image.
+    a folder, OSError for a folder that cannot be read, ValueError if there is no readable image.
 
     Args:
         root, size: the folder, and the image size in pixels.
         classes: class names of the model. A folder's label is then the index of its name in ``classes``, or -1 if the name is not
-            in ``classes``. By default, folders are numbered in sorted order.
+            in ``classes``. By default, folders are numbered in sorted order, those without a readable image too.
     """
 
     def __init__(self, root: str | os.PathLike, size: int = 224, classes: Sequence[str] | None = None):
@@ -109,15 +146,19 @@ class PhotoFolder(ImageFiles):
             message = f"{len(unknown)} folders in {root} are not in classes, so their labels are unknown (-1): {unknown[:3]}"
             warnings.warn(message, stacklevel=2)
 
-        with ThreadPoolExecutor() as pool:
-            checks = tqdm(pool.map(_is_readable, files), total=len(files), desc="reading images", disable=len(files) < 200)
-            readable = dict(zip(files, checks, strict=True))
-        self.skipped = [path for path in files if not readable[path]]
-        kept = [path for path in files if readable[path]]
+        with ThreadPoolExecutor(4) as pool:
+            checks = tqdm(pool.map(_find_fault, files), total=len(files), desc="reading images", disable=len(files) < 200)
+            faults = dict(zip(files, checks, strict=True))
+        self.skipped = [path for path in files if faults[path]]
+        kept = [path for path in files if not faults[path]]
         super().__init__(kept, [labels.get(path.relative_to(root).parts[0], -1) for path in kept], classes, size)
         if self.skipped:
-            names = ", ".join(path.name for path in self.skipped[:5]) + (", ..." if len(self.skipped) > 5 else "")
+            names = ", ".join(f"{path.name} ({faults[path]})" for path in self.skipped[:5])
+            names += ", ..." if len(self.skipped) > 5 else ""
             message = f"{len(self.skipped)} of {len(files)} images in {root} cannot be read and are skipped: {names}"
             warnings.warn(message, stacklevel=2)
+        filled = {path.relative_to(root).parts[0] for path in kept}
+        if kept and (empty := [name for name in folders if name not in filled]):
+            warnings.warn(f"{len(empty)} folders in {root} have no readable image: {', '.join(empty[:5])}", stacklevel=2)
         if not kept:
             raise ValueError(f"root must have a readable image ({', '.join(EXTENSIONS)}) in it or in its folders, got {root}")

@@ -8,7 +8,6 @@ Results are cached: a new opacity or colour map runs no network; a new percentil
 the new map. Further training of a decoder is noticed; after other changes call ``renderer.clear_cache()``.
 """
 
-import numbers
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -130,13 +129,13 @@ class MapRenderer:
         """Return the view with its defaults filled in. Raise ValueError for a value out of range."""
         layer, methods = view.layer or self.layers[0], tuple(view.methods) or tuple(self.explainers)
         for name, highest in {"image": len(self.images) - 1, "percentile": 100, "opacity": 1, "top": 100}.items():
-            value, kind = getattr(view, name), numbers.Integral if name == "image" else numbers.Real
+            value, kind = getattr(view, name), (int, np.integer) if name == "image" else (int, float, np.number)
             if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value <= highest:
                 raise ValueError(f"{name} must be in 0..{highest}, got {value!r}")
         for name in ("shared", "keep"):
             if not isinstance(getattr(view, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(view, name)!r}")
-        if view.target is not None and (isinstance(view.target, bool) or not isinstance(view.target, numbers.Integral)):
+        if view.target is not None and (isinstance(view.target, bool) or not isinstance(view.target, (int, np.integer))):
             raise ValueError(f"target must be a class index or None, got {view.target!r}")
         for name, value, choices in (("layer", layer, self.layers), ("strip", view.strip, STRIPS)):
             if value not in choices:

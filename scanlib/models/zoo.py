@@ -8,6 +8,8 @@ classifier.layer, classifier.classes, classifier.image_size         # "layer4", 
 
 import difflib
 import os
+import re
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +21,13 @@ from torchvision import models
 from scanlib.data import Signs
 from scanlib.layers import find_default_layer
 from scanlib.models.small import Normalize, SmallResNet, build_small_vit
-from scanlib.training.checkpoint import load_checkpoint
+from scanlib.training.checkpoint import load_checkpoint, load_state
 
 _PACKAGE = Path(__file__).parents[1]
 # an installed wheel has scanlib/checkpoints; a clone, also an editable install of it, has data/checkpoints beside scanlib/
 CHECKPOINTS = _PACKAGE / "checkpoints" if (_PACKAGE / "checkpoints").is_dir() else _PACKAGE.parent / "data" / "checkpoints"
 OTHER_WEIGHTS = "pass weights=PATH, a state dict, or weights=None"  # advice in error messages
+OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # names in torchvision's files: norm.1 is norm1
 SIGNS_LAYERS = {"signs_cnn": "layer4", "signs_vit": "encoder.layers.encoder_layer_1"}
 
 
@@ -109,11 +112,10 @@ def load_weights(model: nn.Module, path: str | os.PathLike, name: str) -> None:
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights must be a state dict that maps parameter names of {name} to tensors, got {path}")
-    try:
-        model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:160]
-        raise ValueError(f"weights must be a state dict of {name}, got {path}: {reason}") from error
+    renamed = OrderedDict((OLD_DENSENET.sub(r"\1\2", key.removeprefix("module.")), value) for key, value in state.items())
+    versions = {"": {"version": model._version}} if isinstance(model, models.MNASNet) else {}  # a plain dictionary has lost it
+    renamed._metadata = getattr(state, "_metadata", versions)  # type: ignore[attr-defined]
+    load_state(model, renamed, f"weights of {name} at {path}")
 
 
 def parse_weights(text: str) -> str | None:

@@ -16,16 +16,20 @@ sign -1 the predicted class has the smallest sum; the map of the class with the 
 """
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scanlib.explainers.base import Explainer, at_least_float32, resize_map, scale_to_unit_range
-from scanlib.layers import Layout, eval_mode, find_default_layer, resolve_layer
+from scanlib.hooks import check_finite
+from scanlib.layers import Layout, find_default_layer, make_eval_copy, resolve_layer
 from scanlib.models.freezing import FrozenStages
 from scanlib.scouter.slot_attention import SlotOutput, XSlotAttention, encode_positions
+from scanlib.structure.layout import is_channels_first
 from scanlib.targets import Target, compute_scores
 
 
@@ -142,7 +146,9 @@ class SlotExplainer(Explainer):
         return torch.einsum("nk,nkhw->nhw", weights, attention)
 
     def _attend(self, inputs: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-        logits, attention = self.scouter.attend(inputs)
+        copied: Any = make_eval_copy(self.scouter)
+        logits, attention = copied.attend(inputs.clone())
+        check_finite(attention, "the attention of the slots holds")
         attention = at_least_float32(attention).sum(2)  # (N, K, h, w)
         return logits, scale_to_unit_range(attention) if normalize else attention
 
@@ -157,9 +163,11 @@ class _StopForward(Exception):
 
 def _run_up_to(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
     """Run the model up to a layer and return the layer's output as (B, C, h, w)."""
-    outputs = []
+    outputs, thread = [], threading.get_ident()
 
     def stop(module, inputs, output):
+        if threading.get_ident() != thread:  # another thread runs the same model
+            return
         outputs.append(output[0] if isinstance(output, (tuple, list)) else output)
         raise _StopForward
 
@@ -167,19 +175,22 @@ def _run_up_to(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
         model(inputs)
     if not outputs:
         raise RuntimeError(f"layer must be called by the model, got {layer!r}, which did not run in the forward pass")
-    return Layout.infer(outputs[0].shape, tuple(inputs.shape[2:])).to_maps(outputs[0])
+    channels_first = is_channels_first(model.get_submodule(layer), outputs[0])
+    return Layout.infer(outputs[0].shape, tuple(inputs.shape[2:]), channels_first).to_maps(outputs[0])
 
 
 def _remove_layers_behind(model: nn.Module, layer: str, shape: tuple[int, ...]) -> tuple[nn.Module, int]:
     """Replace modules that run only after ``layer`` by identities; return the model and the layer's number of channels."""
     image = next(model.parameters()).new_zeros(1, *shape)
     calls: list[nn.Module | None] = []  # modules in the order in which they start; None when the layer has finished
-    with torch.no_grad(), eval_mode(model), ExitStack() as hooks:
-        width = _run_up_to(model, layer, image).shape[1]
-        for module in model.modules():
-            hooks.enter_context(module.register_forward_pre_hook(lambda module, _: calls.append(module)))
-        hooks.enter_context(model.get_submodule(layer).register_forward_hook(lambda *_: calls.append(None)))
-        model(image)
+    copied = make_eval_copy(model)
+    originals = dict(zip(copied.modules(), model.modules(), strict=True))
+    with torch.no_grad():
+        width = _run_up_to(copied, layer, image).shape[1]
+        for module in copied.modules():
+            module.register_forward_pre_hook(lambda module, _: calls.append(originals[module]))
+        copied.get_submodule(layer).register_forward_hook(lambda *_: calls.append(None))
+        copied(image)
     end = len(calls) - calls[::-1].index(None)
     behind = set(calls[end:]) - set(calls[:end])
     for name, module in reversed(list(model.named_modules())):  # children before their parents

@@ -10,6 +10,8 @@ term and not from initialization.
 """
 
 import itertools
+import math
+import numbers
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -24,14 +26,26 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from scanlib.data import CUB200, MNIST, ConText, ImageNetSubset, PhotoFolder, Signs
 from scanlib.models.backbones import build_classifier
 from scanlib.scouter.model import BaseClassifier, Scouter
+from scanlib.scouter.slot_attention import XSlotAttention
 from scanlib.scouter.training import Area, AugmentedDataset, LogitRange, OwnArea, build_scouter_step
 from scanlib.trainer import Accuracy, Trainer, build_classifier_step
-from scanlib.training.checkpoint import load_checkpoint, save_checkpoint
+from scanlib.training.checkpoint import check_writable, load_checkpoint, load_state, save_checkpoint
 from scanlib.training.distributed import get_world_size, is_distributed, is_main_process, main_process_first, shard_loader
 from scanlib.training.feature_cache import FeatureCache
+from scanlib.training.randomness import isolated_rng
 
 DATASETS: dict[str, Callable[..., Any]] = {"mnist": MNIST, "context": ConText, "cub200": CUB200, "imagenet": ImageNetSubset}
 CACHE_BYTES = 2e9  # features of a frozen backbone are kept in memory up to this size
+_LIMITS = {  # the largest values of a recipe; a file may name any
+    "scenes": 10**8,
+    "classes": 10**6,
+    "epochs": 10**6,
+    "batch_size": 10**6,
+    "image_size": 2048,
+    "freeze": 1000,
+    "slots": 100,
+    "channels": 4096,
+}
 HEAD_SIGNS = {"base": 0, "positive": 1, "negative": -1}
 
 
@@ -78,13 +92,36 @@ class Recipe:
             value = getattr(self, entry.name)
             if value is not None:
                 kind: Callable = int if entry.name == "classes" else str if entry.default is None else type(entry.default)
-                object.__setattr__(self, entry.name, kind(value))
+                object.__setattr__(self, entry.name, _convert(entry.name, value, kind))
         for name, known in (("head", tuple(HEAD_SIGNS)), ("schedule", ("step", "one-cycle"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("scenes", "classes", "epochs", "batch_size", "image_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, most in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and value < (0 if name == "freeze" else 1):
+                raise ValueError(f"{name} must be at least {0 if name == 'freeze' else 1}, got {value}")
+            if value is not None and value > most:
+                raise ValueError(f"{name} must be at most {most}, got {value}")
+        for name in ("bias", "lam", "power", "learning_rate"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+
+
+def _convert(name: str, value: Any, kind: Callable) -> Any:
+    """Convert a value to a plain type. Raises ValueError where that would change it."""
+    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    fits = isinstance(value, bool) if kind is bool else isinstance(value, (str, Path)) if kind is str else is_number
+    if isinstance(value, str) and kind in (int, float):
+        fits = True
+    try:
+        converted = kind(value) if fits else None
+    except (ValueError, OverflowError):  # text that is no number, or inf as an integer
+        converted = None
+    if converted is None or (kind is int and is_number and converted != value):
+        raise ValueError(f"{name} must be {kind.__name__}, got {value!r}")
+    return converted
 
 
 _MNIST = Recipe(data="mnist", classes=10, augment=False, epochs=10)
@@ -177,14 +214,33 @@ def load_model(path: str | Path) -> tuple[BaseClassifier | Scouter, Recipe]:
     Raises FileNotFoundError, and ValueError for another kind of file.
     """
     saved = load_checkpoint(path, ("recipe", "classes", "state_dict"))
+    classes = saved["classes"]
     try:
         recipe = Recipe(**{name: value for name, value in saved["recipe"].items() if name in Recipe.__dataclass_fields__})
-        model = build_model(replace(recipe, weights=None, start=None), list(saved["classes"]))
-        model.load_state_dict(saved["state_dict"])
-    except (TypeError, AttributeError, RuntimeError) as error:
+        if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+            raise TypeError("classes must be a list of names")
+        _check_shapes(recipe, len(classes), saved["state_dict"])
+        model = build_model(replace(recipe, weights=None, start=None), classes)
+    except Exception as error:  # a file may hold anything
         reason = [line.strip() for line in str(error).splitlines() if not line.endswith(":")] or [type(error).__name__]
         raise ValueError(f"{path} must be the checkpoint of a Scouter or of its base classifier: {reason[0][:120]}") from error
+    load_state(model, saved["state_dict"], path)
     return model.eval(), recipe
+
+
+def _check_shapes(recipe: Recipe, classes: int, state: dict) -> None:
+    """Raise ValueError unless the slots of the recipe have the shapes of the weights. It allocates nothing."""
+    if recipe.key_layers > len(state) or recipe.iterations > 1000:
+        raise ValueError(f"key_layers and iterations are out of range: {recipe.key_layers} and {recipe.iterations}")
+    if recipe.head == "base":
+        return
+    with torch.device("meta"):
+        options = {name: getattr(recipe, name) for name in ("slots", "iterations", "key_layers", "rescale", "bias")}
+        slots = XSlotAttention(classes, recipe.channels, sign=HEAD_SIGNS[recipe.head], **options)
+    prefix = "slot_attention."
+    found = {name.removeprefix(prefix): value.shape for name, value in state.items() if name.startswith(prefix)}
+    if found != {name: value.shape for name, value in slots.state_dict().items()}:
+        raise ValueError("the slots of the recipe do not have the shapes of the weights")
 
 
 def load_scouter(path: str | Path) -> Scouter:
@@ -213,8 +269,16 @@ def train_recipe(
 
     Raises FileNotFoundError for missing data or weights, FloatingPointError if the slots no longer learn.
     """
+    check_writable(out)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch.manual_seed(recipe.seed)
+    with isolated_rng():
+        torch.manual_seed(recipe.seed)
+        return _train(recipe, Path(out), device, workers, verbose)
+
+
+def _train(
+    recipe: Recipe, out: Path, device: torch.device, workers: int, verbose: bool
+) -> tuple[BaseClassifier | Scouter, dict[str, list[float]]]:
     with main_process_first():
         train, test, classes = load_datasets(recipe)
         model = build_model(recipe, classes).to(device)

@@ -8,11 +8,14 @@ identity: plain values that must agree between saving and loading.
 
 import copy
 import math
+import numbers
 import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +23,8 @@ from scanlib.decoders import ConvolutionalDecoder, TransformerDecoder
 from scanlib.layers import Layout
 from scanlib.loss import split_outputs
 from scanlib.masking import mask_features
-from scanlib.training.checkpoint import load_checkpoint, save_checkpoint
+from scanlib.structure.eval_copy import make_eval_copy
+from scanlib.training.checkpoint import is_plain, is_same, load_checkpoint, load_state, save_checkpoint
 
 
 @dataclass
@@ -74,10 +78,8 @@ class DecoderState:
     def measure_output_size(self, layout: Layout, device: torch.device) -> tuple[int, int]:
         """Return the size of the decoder's output, by one run on zeros. Raises ValueError if it is not (N, 4, h, w)."""
         shape = (layout.prefix + math.prod(layout.grid), layout.channels) if self.uses_tokens else (layout.channels, *layout.grid)
-        was_training = self.module.training
         with torch.no_grad():
-            outputs = self.module.eval()(torch.zeros(1, *shape, device=device))
-        self.module.train(was_training)
+            outputs = make_eval_copy(self.module)(torch.zeros(1, *shape, device=device))
         if outputs.ndim != 4 or outputs.shape[1] != 4:
             raise ValueError(f"decoder_model must return (N, 4, h, w), got {tuple(outputs.shape)} for one image")
         return outputs.shape[2], outputs.shape[3]
@@ -93,10 +95,14 @@ class DecoderState:
 
         Of several percentiles the mean is returned. Raises RuntimeError if the decoder is not trained.
         """
-        percentiles = [percentile] if isinstance(percentile, (int, float, str)) else [float(p) for p in percentile]
+        percentiles = (
+            list(percentile)
+            if isinstance(percentile, (list, tuple, np.ndarray, Tensor)) and np.ndim(percentile)
+            else [percentile]
+        )
         if not percentiles:
             raise ValueError("percentile must be a number in [0, 100] or several, got an empty sequence")
-        decoder = self.require_trained().eval()
+        decoder = make_eval_copy(self.require_trained())
         outputs = [decoder(mask_features(features, scores, p)).float() for p in map(validate_percentile, percentiles)]
         return torch.stack([torch.cat(split_outputs(each), 1) for each in outputs]).mean(0)
 
@@ -132,7 +138,7 @@ def read_decoder(path: str | os.PathLike, identity: dict, module: nn.Module | No
     saved = load_checkpoint(path, ("identity", "weights", "config", "state_dict"))
     trained_for = saved["identity"] if isinstance(saved["identity"], dict) else {}
     for name, value in identity.items():
-        if trained_for.get(name) != value:
+        if not is_same(trained_for.get(name), value):
             raise ValueError(
                 f"{path} must be a decoder for {name} = {value}, got {trained_for.get(name)}; build the scanner as it was when "
                 "the decoder was saved, or train a new decoder"
@@ -140,26 +146,55 @@ def read_decoder(path: str | os.PathLike, identity: dict, module: nn.Module | No
     config = saved["config"]
     if config is None and module is None:
         raise ValueError(f"{path} holds a user-defined decoder; pass that module as decoder_model first")
+    wrong = f"{path} holds a decoder that does not match its own config; train a new decoder"
     try:
-        if config is not None and (config["in_channels"], config["grid"]) != (identity["channels"], identity["grid"]):
-            raise ValueError("config and identity differ")
+        if config is not None:
+            own = [config["in_channels"], config["grid"]]
+            if not is_same(own, [identity["channels"], identity["grid"]]):
+                raise ValueError("config and identity differ")
+            _check_config(config, saved["state_dict"])
         decoder = build_decoder(config) if module is None or config is not None else copy.deepcopy(module)
-        decoder.load_state_dict(saved["state_dict"])
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"{path} holds a decoder that does not match its own config; train a new decoder") from error
-    return DecoderState(decoder.eval(), config, True, saved["weights"], saved.get("notes", {}))
+    except Exception as error:  # a config may hold anything
+        raise ValueError(wrong) from error
+    load_state(decoder, saved["state_dict"], path)
+    fingerprint, notes = saved["weights"], saved.get("notes", {})
+    if not isinstance(fingerprint, int) or not is_plain(notes):
+        raise ValueError(f"{path} must hold a fingerprint and plain notes, got {type(fingerprint).__name__}; train a new decoder")
+    return DecoderState(decoder.eval(), config, True, fingerprint, notes)
+
+
+def _check_config(config: dict, state: dict) -> None:
+    """Raise an error unless the config is that of a decoder with these weights. Nothing of the size that it names is built."""
+    values = [each for value in config.values() for each in (value if isinstance(value, list) else [value])]
+    if (
+        not is_plain(config)
+        or len(values) > 30
+        or any(isinstance(each, (int, float)) and not 0 <= each <= 65536 for each in values)
+    ):
+        raise ValueError("config holds values out of range")
+    if config.get("depth", 1) > 100:
+        raise ValueError("config holds values out of range")
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in build_decoder(config).state_dict().items()}
+    if shapes != {name: value.shape for name, value in state.items()}:
+        raise ValueError("config and weights differ")
 
 
 def compute_fingerprint(model: nn.Module) -> int:
-    """Compute a checksum of a few values of each parameter. Two models with the same weights have the same fingerprint."""
-    parts = [parameter.detach().flatten()[:8].float().cpu() for parameter in model.parameters()]
-    values = torch.cat(parts).tolist() if parts else []
-    return zlib.crc32(" ".join(f"{value:.5g}" for value in values).encode())
+    """Compute a checksum of all parameters and buffers. Two models with the same weights have the same fingerprint."""
+    checksum = 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        checksum = zlib.crc32(values, checksum)  # type: ignore[arg-type]  # it takes any buffer
+    return checksum
 
 
-def validate_percentile(percentile: float) -> float:
-    """Return a percentile as a float. Raises ValueError if it is not a number in [0, 100]."""
-    if not isinstance(percentile, (int, float)) or not 0 <= percentile <= 100:
+def validate_percentile(percentile: Any) -> float:
+    """Return a percentile as a float. Raises ValueError if it is not a number in [0, 100]; numbers of NumPy and torch count."""
+    is_scalar = isinstance(percentile, (numbers.Real, np.generic, Tensor)) and not isinstance(
+        percentile, (bool, np.bytes_, np.str_)
+    )
+    if not is_scalar or np.ndim(percentile) or not 0 <= float(percentile) <= 100:
         raise ValueError(f"percentile must be a number in [0, 100], got {percentile!r}")
     return float(percentile)
 

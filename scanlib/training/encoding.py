@@ -22,6 +22,7 @@ from scanlib.structure.inputs import prepare_inputs, return_unchanged
 from scanlib.targets import Target, check_count, is_callable_target, resolve_classes
 from scanlib.training.decoder_file import compute_fingerprint
 from scanlib.training.feature_cache import EncodedLoader, FeatureCache, count_images, is_repeatable
+from scanlib.training.randomness import isolated_rng
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,13 @@ class FeatureEncoder:
             self._warned.add(topic)
             warnings.warn(message, stacklevel=3)
 
+    def describe_preprocess(self) -> list[float]:
+        """Return numbers that differ between most preprocessing functions: statistics of a preprocessed ramp."""
+        ramp = torch.linspace(0, 255, 3 * math.prod(self.image_size), device=self.device).view(1, 3, *self.image_size)
+        with isolated_rng():
+            inputs = prepare_inputs(self.model, self.preprocess, ramp).float()
+        return [round(float(value), 3) for value in (inputs.mean(), inputs.std(), inputs.flatten()[0], inputs.flatten()[-1])]
+
     def get_identity(self) -> dict:
         """Return what a decoder is trained for, in plain values."""
         layout = self.layout
@@ -211,6 +219,7 @@ class BatchEncoder:
     def get_identity(self) -> dict:
         """Return what encoded images depend on, in plain values."""
         own = {"tokens": self.uses_tokens, "decoded": list(self.output_size), "device": str(self.encoder.device)}
+        own["preprocess"] = self.encoder.describe_preprocess()
         return self.encoder.get_identity() | {"weights": compute_fingerprint(self.encoder.model)} | own
 
     def describe(self, batches) -> dict:
@@ -242,4 +251,5 @@ class BatchEncoder:
         if not cache:
             return EncodedLoader(loader, self), budget
         features = self.build_cache(loader, seed, verbose)
+        features.source = loader
         return features, budget - features.nbytes

@@ -26,6 +26,7 @@ class FeatureCache:
 
     def __init__(self, tensors: Sequence[Tensor], batch_size: int, shuffle: bool, identity: dict | None = None):
         self.tensors, self.batch_size, self.shuffle, self.identity = tensors, batch_size, shuffle, identity or {}
+        self.source: object = self  # what it was encoded from, if that is known
 
     @classmethod
     def build(
@@ -34,7 +35,7 @@ class FeatureCache:
         """Run a loader once and keep what ``encode`` returns for its batches. Raises ValueError for an empty loader."""
         from tqdm.auto import tqdm
 
-        with isolated_rng(device):  # the order in memory depends on the seed alone
+        with isolated_rng():  # the order in memory depends on the seed alone
             batches = iterate_seeded_batches(loader, seed, 0)
             total = length_hint(loader) or None  # a stream has no length
             parts = [encode(batch) for batch in tqdm(batches, "features", total, disable=not verbose, leave=False)]
@@ -75,8 +76,8 @@ class EncodedLoader:
     """A loader whose batches are encoded in every epoch."""
 
     def __init__(self, loader, encode: Encode):
-        self.loader, self.encode = loader, encode
-        for name in ("sampler", "batch_sampler", "generator"):  # iterate_seeded_batches seeds them
+        self.loader, self.source, self.encode = loader, loader, encode
+        for name in ("sampler", "batch_sampler", "generator", "num_workers"):  # iterate_seeded_batches seeds them
             setattr(self, name, getattr(loader, name, None))
 
     def __len__(self) -> int:
@@ -107,9 +108,10 @@ def is_repeatable(loader) -> bool:
     visits_once = type(sampler) is data.SequentialSampler or (type(sampler) is data.RandomSampler and not sampler.replacement)
     if not visits_once or sampler is not batches.sampler or length_hint(sampler) != len(loader.dataset):
         return False
-    for index in range(min(16, len(loader.dataset))):
-        items = loader.dataset[index], loader.dataset[index]
-        first, second = (item[0] if isinstance(item, (tuple, list)) else item for item in items)
-        if not isinstance(first, Tensor) or not torch.equal(first, second):
-            return False
+    with isolated_rng():
+        for index in range(min(16, len(loader.dataset))):
+            items = loader.dataset[index], loader.dataset[index]
+            first, second = (item[0] if isinstance(item, (tuple, list)) else item for item in items)
+            if not isinstance(first, Tensor) or not torch.equal(first, second):
+                return False
     return True

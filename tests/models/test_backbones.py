@@ -63,7 +63,7 @@ def test_weights_from_a_path(tmp_path):
         loaded = build_classifier("squeezenet1_1", 6, path).model
         assert equal_except("classifier", loaded, model) and loaded.classifier[1].weight.shape == (6, 512, 1, 1)
     assert equal_except("none", build_classifier("squeezenet1_1", 1000, tmp_path / "w.pth").model, model)
-    with pytest.raises(ValueError, match=r"weights must be a state dict of resnet18, got .*w.pth: "):
+    with pytest.raises(ValueError, match=r"weights of resnet18 at .*w.pth is of another model: "):
         build_classifier("resnet18", 6, tmp_path / "w.pth")
 
 
@@ -125,7 +125,7 @@ def test_timm_weights_from_a_path(tmp_path):
     loaded = build_classifier("mobilenetv3_small_050", 6, tmp_path / "w.pth").model
     assert equal_except("classifier", loaded, model) and loaded.classifier.weight.shape == (6, 1024)
     assert equal_except("none", build_classifier("mobilenetv3_small_050", 1000, tmp_path / "w.pth").model, model)
-    with pytest.raises(ValueError, match=r"weights must be a state dict of resnet10t, got .*w.pth: "):
+    with pytest.raises(ValueError, match=r"weights of resnet10t at .*w.pth is of another model: "):
         build_classifier("resnet10t", 6, tmp_path / "w.pth")
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*none.pth"):
         build_classifier("mobilenetv3_small_050", 6, tmp_path / "none.pth")

@@ -8,7 +8,6 @@ from torch import nn
 from torchvision import models
 
 from scanlib import SmallResNet
-from scanlib.layers import eval_mode
 from scanlib.models.freezing import FrozenStages, list_stages
 from scanlib.models.small import Normalize
 
@@ -166,14 +165,6 @@ def test_train_and_eval_set_the_mode_of_the_other_modules():
     assert all(module.training for module in rest) and not any(module.training for module in front)
     copied = copy.deepcopy(frozen).train().model
     assert copied.layer3.training and not copied.layer2.training and model.layer3.training
-
-
-def test_eval_mode_restores_all_modes():
-    frozen = FrozenStages(SmallResNet(), 2).train()
-    modes = [module.training for module in frozen.modules()]
-    with eval_mode(frozen):
-        assert not any(module.training for module in frozen.modules())
-    assert [module.training for module in frozen.modules()] == modes
 
 
 class HeadFirstNet(nn.Module):

@@ -20,7 +20,7 @@ def test_weights_from_a_path(tmp_path):
     torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "w.pth")
     loaded = load_classifier("squeezenet1_1", tmp_path / "w.pth").model
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
-    with pytest.raises(ValueError, match=r"weights must be a state dict of resnet18, got .*w.pth: "):
+    with pytest.raises(ValueError, match=r"weights of resnet18 at .*w.pth is of another model: "):
         load_classifier("resnet18", tmp_path / "w.pth")
     with pytest.raises(FileNotFoundError, match=r"weights of resnet18 not found at .*none.pth; .* file is resnet18-"):
         load_classifier("resnet18", tmp_path / "none.pth")

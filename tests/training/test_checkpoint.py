@@ -41,7 +41,7 @@ def test_load_checkpoint_raises_for_bad_files(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "none.pt")
     torch.save({"state_dict": Hostile()}, tmp_path / "hostile.pt")
-    with pytest.raises(ValueError, match="hostile.pt is truncated or not a plain checkpoint"):
+    with pytest.raises(ValueError, match="hostile.pt is damaged or not a plain checkpoint"):
         load_checkpoint(tmp_path / "hostile.pt")
     assert "code ran" not in capsys.readouterr().out
     torch.save({"a": torch.ones(1000)}, tmp_path / "whole.pt")

@@ -160,7 +160,7 @@ def test_shares_of_all_processes_make_up_each_batch(monkeypatch, drop_last):
     loader = DataLoader(range(13), 4, shuffle=True, drop_last=drop_last)
 
     def iterate(loader):
-        with isolated_rng(torch.device("cpu")):
+        with isolated_rng():
             return [None if batch is None else batch.tolist() for batch in iterate_seeded_batches(loader, 0, 2)]
 
     whole, shares = iterate(loader), []

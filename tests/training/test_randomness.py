@@ -21,7 +21,7 @@ def test_isolated_rng_restores_torch_numpy_and_python(fails):
     expected = draw()
     torch.set_rng_state(states[0]), np.random.set_state(states[1]), random.setstate(states[2])
     try:
-        with isolated_rng(CPU):
+        with isolated_rng():
             draw()
             torch.manual_seed(1), np.random.seed(1), random.seed(1)
             assert not fails or 1 / 0
@@ -36,7 +36,7 @@ def test_batches_are_a_function_of_seed_and_epoch(generator):
 
     def iterate(seed, epoch):
         draw()  # the state outside must not matter
-        with isolated_rng(CPU):
+        with isolated_rng():
             return [(batch.tolist(), draw()) for batch in iterate_seeded_batches(loader, seed, epoch)]
 
     first = iterate(0, 0)
