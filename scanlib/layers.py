@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scanlib.structure.default_layer import HEAD_NAMES as HEAD_NAMES, find_default_layer as find_default_layer
 from scanlib.structure.eval_copy import make_eval_copy as make_eval_copy
+from scanlib.structure.inputs import call_model
 from scanlib.structure.layout import Layout as Layout
 
 
@@ -65,15 +66,7 @@ def run_copy(copy: nn.Module, inputs: Tensor, output: str | int | None = None) -
 
 def run_copy_once(copy: nn.Module, inputs: Tensor, output: str | int | None = None) -> Any:
     """Run an eval copy on these very inputs, which the model may change; see ``run_copy``."""
-    try:
-        outputs = copy(inputs)
-    except RuntimeError as error:
-        if "channels" in str(error) and inputs.ndim > 2:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"images must have as many channels as the model takes, got {tuple(inputs.shape)}: {reason}"
-            ) from error
-        raise
+    outputs = call_model(copy, inputs)
     logits = get_logits(outputs, len(inputs), output)
     if isinstance(logits, Tensor) and logits.detach().isnan().any():
         raise ValueError("the model's logits hold NaN; check its weights and the inputs, or use float32")

@@ -110,7 +110,7 @@ class Trainer:
         Returns this fit's history: one value per epoch for "loss" and each metric, and with ``validation`` for "val_" + name.
         Raises ValueError for an empty loader or a checkpoint of another run, FloatingPointError for a loss that is not finite.
         """
-        if epochs != int(epochs) or epochs < 1:
+        if not 1 <= epochs < math.inf or epochs != int(epochs):
             raise ValueError(f"epochs must be an integer of at least 1, got {epochs}")
         first, goal = self._first_epoch, self._first_epoch + int(epochs)
         verbose = verbose and distributed.is_main_process()

@@ -26,7 +26,10 @@ def nmf(V: Tensor, concepts: int, iterations: int = 200, seed: int = 0) -> tuple
     """
     generator = torch.Generator().manual_seed(seed)
     scale = (V.mean() / concepts).sqrt()
-    H, W = (scale * torch.rand(*shape, generator=generator).to(V) for shape in ((len(V), concepts), (concepts, V.shape[1])))
+    H, W = (
+        scale * torch.rand(*shape, generator=generator, device="cpu").to(V)
+        for shape in ((len(V), concepts), (concepts, V.shape[1]))
+    )
     for _ in range(iterations):
         _improve(H, V @ W.T, W @ W.T)
         _improve(W.T, V.T @ H, H.T @ H)

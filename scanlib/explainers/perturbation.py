@@ -89,7 +89,7 @@ class ScoreCAM(_PerturbationCAM):
         scores = self._score_masks(inputs, A, (~constant).nonzero(), targets)
         if constant.any():
             black = self._compute_logits(torch.zeros_like(inputs))
-            black_scores = self._score(black, targets, torch.arange(len(inputs))).to(scores.dtype)
+            black_scores = self._score(black, targets, torch.arange(len(inputs), device=inputs.device)).to(scores.dtype)
             scores = torch.where(constant, black_scores[..., None], scores)
         return scores
 
@@ -171,7 +171,7 @@ class AblationCAM(_PerturbationCAM):
 
     def _compute_drops(self, replay: Replay, A: Tensor, image: int, targets: list[Target]) -> Tensor:
         """Compute the weights (K, C) of one image."""
-        features, index = replay.features[image : image + 1], torch.tensor([image])
+        features, index = replay.features[image : image + 1], torch.tensor([image], device=replay.features.device)
         whole = self._score(replay.outputs[image : image + 1], targets, index)
         scores = whole.expand(-1, A.shape[1]).clone()
         active = A[image].flatten(1).any(1).nonzero()[:, 0]  # setting a channel of zeros to 0 changes nothing
@@ -180,6 +180,6 @@ class AblationCAM(_PerturbationCAM):
             if not len(channels):  # no channel is active
                 break
             versions = features.expand(len(channels), *features.shape[1:]).clone()
-            replay.layout.to_maps(versions)[torch.arange(len(channels)), channels] = 0
+            replay.layout.to_maps(versions)[torch.arange(len(channels), device=channels.device), channels] = 0
             scores[:, channels] = self._score(replay(versions, image), targets, index.expand(len(channels)))
         return (whole - scores) / whole.abs().clamp_min(1e-12)

@@ -154,7 +154,7 @@ def compare(
         raise ValueError(f"masks must have shape {(len(images), *size)} for these images, got {tuple(masks.shape)}")
     if is_callable_target(target):
         raise ValueError("target must be a class or one per image, got a callable; compare explains classes only")
-    rank_locations(torch.zeros(1, *size), patch)  # raises for a wrong patch before anything is explained
+    rank_locations(torch.zeros(1, *size, device=images.device), patch)  # raises for a wrong patch before anything is explained
     preprocess = preprocess or return_unchanged
     batch_size = choose_batch_size(images, batch_size, model)
     options = {"patch": patch, "batch_size": batch_size, "seed": seed}

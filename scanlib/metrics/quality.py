@@ -61,7 +61,7 @@ def compute_adcc(complexity: Tensor, coherency: Tensor, drop: Tensor) -> Tensor:
 
 
 def _compute_harmonic_mean(*parts: Tensor) -> Tensor:
-    return len(parts) / sum((1 / part.clamp_min(1e-8) for part in parts), torch.zeros(()))
+    return len(parts) / sum((1 / part.clamp_min(1e-8) for part in parts), torch.zeros((), device=parts[0].device))
 
 
 def compute_checkerboard(maps: Tensor, period: int = 2) -> Tensor:

@@ -124,7 +124,7 @@ def fill_imputed(images: Tensor, noise: float = 0.01, seed: int = 0) -> Callable
 
     The noise is drawn once, with the seed, and is the same for all images and maps.
     """
-    drawn = 255 * noise * torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed)).to(images)
+    drawn = 255 * noise * torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed), device="cpu").to(images)
     return lambda index, removed: impute(images[index], removed) + drawn * removed[:, None]
 
 

@@ -52,7 +52,7 @@ def randomise_tensors(tensors: dict[str, Tensor], seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, value in tensors.items():
         if value.is_floating_point() and value.numel() > 1:
-            new = value.mean() + value.std() * torch.randn(value.shape, generator=generator).to(value)
+            new = value.mean() + value.std() * torch.randn(value.shape, generator=generator, device="cpu").to(value)
             value.copy_(new.abs() if name.endswith("running_var") else new)
 
 
@@ -99,7 +99,7 @@ def randomise_parameters(
         images: (N, 3, H, W) in [0, 255]. target: pass one class per image; None could be another class for each model.
         stages, cascading, seed: see ``iterate_randomised_models``.
     """
-    parts = torch.arange(len(images)).split(choose_batch_size(images, batch_size, model))
+    parts = torch.arange(len(images), device="cpu").split(choose_batch_size(images, batch_size, model))
 
     def explain(model: nn.Module) -> Tensor:
         explainer = build_explainer(model)

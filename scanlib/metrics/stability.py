@@ -64,7 +64,7 @@ def compute_max_sensitivity(
     same for all images and explainers. A map of zeros that does not change gives 0; one that changes gives nan.
     """
     images, generator = at_least_float32(images), torch.Generator().manual_seed(seed)
-    noises = radius * (2 * torch.rand(samples, *images.shape[1:], generator=generator) - 1).to(images)
+    noises = radius * (2 * torch.rand(samples, *images.shape[1:], generator=generator, device="cpu") - 1).to(images)
     worst = []
     for index in torch.arange(len(images), device=images.device).split(choose_batch_size(images, batch_size)):
         targets = select_targets(target, index)

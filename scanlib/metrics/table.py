@@ -38,8 +38,8 @@ class Comparison:
         values = values[~values.isnan()]
         if len(values) < 2:
             return float("nan"), float("nan")
-        drawn = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(self.seed))
-        low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        drawn = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(self.seed), device="cpu")
+        low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")).tolist()
         return low, high
 
     def win(self, metric: str) -> dict[str, dict[str, float]]:

@@ -83,6 +83,6 @@ def _build_timm_classifier(name: str, classes: int, weights: Weights, image_size
     size = (image_size, image_size) if image_size else tuple(config["input_size"][1:])
     try:
         layer = find_default_layer(model, size)
-    except AssertionError as error:  # a vision transformer accepts one size only
+    except ValueError as error:  # a vision transformer accepts one size only
         raise ValueError(f"image_size must fit {name}, got {size[0]}: {error}") from error
     return Classifier(model.eval(), Normalize(config["mean"], config["std"]), layer, [str(c) for c in range(classes)], size)

@@ -73,7 +73,9 @@ class Scouter(nn.Module):
         try:
             self.layer_name = resolve_layer(backbone, find_default_layer(backbone, size, colors) if layer is None else layer)[0]
             backbone, width = _remove_layers_behind(copy.deepcopy(backbone), self.layer_name, (colors, *size))
-        except AssertionError as error:  # vision transformers
+        except ValueError as error:
+            if "the size that" not in str(error):  # vision transformers take one size only
+                raise
             raise ValueError(f"image_size must fit the backbone, got {image_size}: {error}") from error
         self.classes = [str(c) for c in (range(classes) if isinstance(classes, int) else classes)]
         self.sign, self.preprocess = sign, preprocess or nn.Identity()
@@ -194,6 +196,7 @@ def _remove_layers_behind(model: nn.Module, layer: str, shape: tuple[int, ...]) 
     end = len(calls) - calls[::-1].index(None)
     behind = set(calls[end:]) - set(calls[:end])
     for name, module in reversed(list(model.named_modules())):  # children before their parents
-        if module in behind:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if module in behind and not isinstance(parent, nn.TransformerEncoderLayer):  # torch's layers read each other's attributes
             model.set_submodule(name, nn.Identity())
     return model, width

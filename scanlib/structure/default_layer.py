@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from scanlib.structure.eval_copy import make_eval_copy
+from scanlib.structure.inputs import call_model
 from scanlib.structure.layout import Layout, is_channels_first
 
 HEAD_NAMES = ("classifier", "aux_classifier", "head", "heads", "fc", "AuxLogits", "aux1", "aux2")
@@ -49,7 +50,7 @@ def find_default_layer(model: nn.Module, size: int | Sequence[int] = 224, channe
             module.register_forward_hook(partial(record, name))
     weight = next(model.parameters(), torch.zeros(1))
     with torch.no_grad():
-        copy(torch.zeros(count, channels, *size, device=weight.device, dtype=weight.dtype))
+        call_model(copy, torch.zeros(count, channels, *size, device=weight.device, dtype=weight.dtype))
     if not norms and not maps:
         raise ValueError(f"{type(model).__name__} has no layer with a spatial extent; give target_layer by name")
     return (norms or maps)[-1]

@@ -1,7 +1,8 @@
-"""Prepare images for a model: its device, its precision, its memory format."""
+"""Prepare images for a model: its device, its precision, its memory format. Call it with readable errors."""
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,3 +41,15 @@ def to_channels_last(inputs: Tensor) -> Tensor:
     """Convert image batches on the CPU to channels-last memory format, in which convolutions run faster."""
     is_image_batch = inputs.ndim == 4 and inputs.device.type == "cpu"
     return inputs.contiguous(memory_format=torch.channels_last) if is_image_batch else inputs
+
+
+def call_model(model: nn.Module, inputs: Tensor) -> Any:
+    """Call the model. Raises ValueError for inputs of another number of channels or another size than it takes."""
+    try:
+        return model(inputs)
+    except (RuntimeError, AssertionError) as error:  # vision transformers assert their size
+        what = "size" if isinstance(error, AssertionError) else "number of channels"
+        if what != "size" and "channels" not in str(error):
+            raise
+        reason = (str(error).splitlines() or ["an assertion failed"])[0]
+        raise ValueError(f"images must have the {what} that the model takes, got {tuple(inputs.shape)}: {reason}") from error

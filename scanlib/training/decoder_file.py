@@ -204,4 +204,4 @@ def build_decoder(config: dict) -> nn.Module:
     arguments = {name: value for name, value in config.items() if name != "decoder"}
     kinds = {kind.__name__: kind for kind in (ConvolutionalDecoder, TransformerDecoder)}
     with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
-        return kinds[config["decoder"]](**arguments)
+        return kinds[config["decoder"]](**arguments).float()  # whatever the default precision is: the features are float32

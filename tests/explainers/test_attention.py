@@ -349,7 +349,7 @@ def test_models_without_attention_over_the_image_raise(tiny, images, vit):
 
 def test_hooks_are_removed_after_an_error(vit):
     explain = AttentionRollout(vit, "encoder.layers.encoder_layer_1", preprocess=lambda images: images[:, :2])
-    with pytest.raises(ValueError, match=r"as many channels as the model takes, got \(1, 2, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"the number of channels that the model takes, got \(1, 2, 64, 64\)"):
         explain(torch.rand(1, 3, 64, 64))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
     assert not torch.overrides._get_current_function_mode_stack()
