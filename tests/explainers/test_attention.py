@@ -323,9 +323,7 @@ def test_models_without_attention_over_the_image_raise(tiny, images, vit):
     swin = torchvision.models.SwinTransformer([4, 4], 16, [1, 1], [1, 2], [4, 4], num_classes=3)
     with pytest.raises(ValueError, match=rf"{needed} SwinTransformer has none; use SCAN or a CAM \(seen: attention of "):
         AttentionRelevance(swin)(torch.rand(2, 3, 64, 64))
-    with pytest.raises(
-        ValueError, match="ChannelAttention has none; .*over 32 tokens that are not a grid of patches"
-    ):
+    with pytest.raises(ValueError, match="ChannelAttention has none; .*over 32 tokens that are not a grid of patches"):
         AttentionRollout(ChannelAttention())(torch.rand(2, 3, 16, 16))
     with pytest.raises(
         ValueError, match=r"target_layer must be blocks that run with one attention each, got blocks with \[0\] attentions"

@@ -1,0 +1,159 @@
+"""Is every layer's layout read correctly? Families of torchvision and timm x image sizes, against a moved bright spot.
+
+python benchmarks/layouts.py [--families 20] [--sizes 60]      # prints a line per family, and every wrong reading
+
+The truth is measured without the package's own inference. A 4-d output of a model that takes any size shows its axes: one grows
+with the image's height, another with its width. Otherwise the response to a spot must lie where the spot is, for two places of the
+spot. A refusal is an answer too; a wrong reading is not, and ends the run with an error.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from scanlib.hooks import FeatureTap
+from scanlib.layers import find_default_layer
+
+TORCHVISION = [
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t", "mnasnet0_5"),
+    *("mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t"),
+    *("swin_v2_t", "vgg11", "vit_b_32"),
+]
+SIZES = [
+    *((224, 224), (256, 256), (384, 384), (96, 96), (64, 64), (128, 128), (160, 160), (192, 192), (288, 288), (112, 112)),
+    *((1024, 70), (70, 1024), (512, 68), (256, 66), (300, 100), (100, 300), (197, 64), (64, 197), (224, 448), (448, 224)),
+    *((97, 131), (131, 97), (200, 333), (333, 200), (256, 96), (96, 256), (224, 64), (64, 224), (160, 480), (480, 160)),
+    *((65, 65), (99, 99), (101, 257), (257, 101), (127, 129), (180, 240), (240, 180), (320, 240), (240, 320), (72, 512)),
+    *((512, 72), (384, 96), (96, 384), (768, 64), (64, 768), (192, 256), (256, 192), (230, 225), (225, 230), (150, 150)),
+    *((222, 222), (223, 227), (400, 72), (72, 400), (130, 600), (600, 130), (88, 88), (176, 144), (144, 176), (640, 80)),
+]
+
+
+def list_layers(model: nn.Module) -> list[str]:
+    """Return the default layer, the model's children, and their children."""
+    names = [find_default_layer(model)]
+    for name, child in model.named_children():
+        names += [name, *(f"{name}.{inner}" for inner, _ in list(child.named_children())[:4])]
+    return list(dict.fromkeys(names))
+
+
+def find_wrong_axis(maps: list[Tensor], spots: list[tuple[float, float]]) -> str:
+    """Return which axis of the responses (h, w) does not follow the spots, given as (y, x) in [0, 1]; "" if both do."""
+    for axis, name in ((0, "y"), (1, "x")):
+        places = []
+        for response in maps:
+            profile = response.sum(1 - axis)
+            if float(profile.max() - profile.min()) <= 1e-3 * float(profile.max()):
+                break  # one cell, spread over all
+            profile = (profile - profile.median()).clamp_min(0) + 1e-12
+            places.append(float((profile * torch.linspace(0, 1, len(profile), dtype=profile.dtype)).sum() / profile.sum()))
+        expected = spots[1][axis] - spots[0][axis]
+        if len(places) == 2 and maps[0].shape[axis] > 2 and (places[1] - places[0]) * expected < 0.02:
+            return name
+    return ""
+
+
+@torch.no_grad()
+def find_growing_axes(model: nn.Module, layer: str, size: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the axes of a layer's output that grow with the image's height and width; None if that does not show."""
+    shapes: list[tuple[int, ...]] = []
+    handle = model.get_submodule(layer).register_forward_hook(
+        lambda module, inputs, output: shapes.append(tuple(output.shape)) if isinstance(output, Tensor) else None
+    )
+    try:
+        for height, width in (size, (size[0] + 64, size[1]), (size[0], size[1] + 64)):
+            before = len(shapes)
+            model(torch.zeros(1, 3, height, width, dtype=torch.float64))
+            del shapes[before + 1 :]
+            if len(shapes) == before:
+                return None
+    except (RuntimeError, AssertionError, ValueError):  # another size is refused
+        return None
+    finally:
+        handle.remove()
+    first, taller, wider = shapes
+    if len(first) != 4:
+        return None
+    grown = [[axis for axis in range(4) if other[axis] != first[axis]] for other in (taller, wider)]
+    return (grown[0][0], grown[1][0]) if list(map(len, grown)) == [1, 1] else None
+
+
+@torch.no_grad()
+def check_layer(model: nn.Module, layer: str, size: tuple[int, int]) -> str:
+    """Return "right", "refused", or what is wrong with a layer's layout."""
+    height, width = size
+    spots = [(0.25, 0.75), (0.75, 0.25)]
+    images = torch.zeros(3, 3, height, width, dtype=torch.float64)
+    for index, (y, x) in enumerate(spots, 1):
+        top, left = int(y * height), int(x * width)
+        images[
+            index, :, max(0, top - height // 12) : top + height // 12 + 1, max(0, left - width // 12) : left + width // 12 + 1
+        ] = 3
+    try:
+        with FeatureTap(model, layer) as tap:
+            tap(images)
+            layout, features = tap.layout, tap.layout.to_maps(tap.features).float()
+    except (ValueError, TypeError, RuntimeError) as error:
+        return "refused" if isinstance(error, (ValueError, TypeError)) or "did not run" in str(error) else "no run"
+    if (axes := find_growing_axes(model, layer, size)) is not None:
+        return "right" if axes == ((2, 3) if layout.kind == "BCHW" else (1, 2)) else f"wrong axes: {layout}, grows along {axes}"
+    responses = [(features[index] - features[0]).square().sum(0) for index in (1, 2)]
+    if not all(bool(response.any()) for response in responses):
+        return "right"  # dead
+    wrong = find_wrong_axis(responses, spots)
+    return f"wrong along {wrong}: {layout}" if wrong else "right"
+
+
+def build_models(count: int | None) -> Iterator[tuple[str, nn.Module]]:
+    """Build a randomly initialised model of each family."""
+    for name in TORCHVISION[:count]:
+        options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        yield name, torchvision.models.get_model(name, weights=None, **options).eval().double()
+    import timm
+
+    smallest: dict[str, str] = {}
+    for name in timm.list_models():
+        family = timm.models._registry._model_to_module[name]
+        if family not in smallest or len(name) < len(smallest[family]) or any(s in name for s in ("tiny", "atto", "nano", "xxs")):
+            smallest.setdefault(family, name)
+            if any(size in name for size in ("tiny", "atto", "nano", "xxs", "pico", "small", "18", "b0")):
+                smallest[family] = name
+    for name in list(smallest.values())[:count]:
+        yield f"timm {name}", timm.create_model(name, pretrained=False).eval().double()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--families", type=int, help="number of families of each library")
+    parser.add_argument("--sizes", type=int, default=len(SIZES))
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    lost = 0
+    for name, model in tqdm(build_models(options.families)):
+        counts: dict[str, int] = {}
+        try:
+            layers = list_layers(model)
+        except ValueError as error:
+            tqdm.write(f"{name}: refused: {error}")
+            continue
+        for size in SIZES[: options.sizes]:
+            for layer in layers:
+                found = check_layer(model, layer, size)
+                kind = found.split(":")[0]
+                counts[kind] = counts.get(kind, 0) + 1
+                if found.startswith("wrong"):
+                    lost += 1
+                    tqdm.write(f"  {name} {layer} at {size}: {found}")
+        tqdm.write(f"{name}: {', '.join(f'{count} {kind}' for kind, count in sorted(counts.items()))}")
+    sys.exit(f"{lost} wrong readings" if lost else 0)
+
+
+if __name__ == "__main__":
+    main()
