@@ -3,14 +3,15 @@
 python benchmarks/layouts.py [--families 20] [--sizes 60]      # prints a line per family, and every wrong reading
 
 The truth is measured without the package's own inference. A 4-d output of a model that takes any size shows its axes: one grows
-with the image's height, another with its width. Otherwise the response to a spot must lie where the spot is, for two places of the
-spot. A refusal is an answer too; a wrong reading is not, and ends the run with an error.
+with the image's height, another with its width. Otherwise the response to a spot must lie where the spot is, for two places of
+the spot. A refusal is an answer too; a wrong reading is not, and ends the run with an error.
 """
 
 import argparse
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torchvision
@@ -25,6 +26,7 @@ TORCHVISION = [
     *("mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t"),
     *("swin_v2_t", "vgg11", "vit_b_32"),
 ]
+SPOTS = [(0.25, 0.75), (0.75, 0.25)]  # (y, x) as shares of the image
 SIZES = [
     *((224, 224), (256, 256), (384, 384), (96, 96), (64, 64), (128, 128), (160, 160), (192, 192), (288, 288), (112, 112)),
     *((1024, 70), (70, 1024), (512, 68), (256, 66), (300, 100), (100, 300), (197, 64), (64, 197), (224, 448), (448, 224)),
@@ -52,7 +54,7 @@ def find_wrong_axis(maps: list[Tensor], spots: list[tuple[float, float]]) -> str
             if float(profile.max() - profile.min()) <= 1e-3 * float(profile.max()):
                 break  # one cell, spread over all
             profile = (profile - profile.median()).clamp_min(0) + 1e-12
-            places.append(float((profile * torch.linspace(0, 1, len(profile), dtype=profile.dtype)).sum() / profile.sum()))
+            places.append(float((profile * torch.linspace(0, 1, len(profile))).sum() / profile.sum()))
         expected = spots[1][axis] - spots[0][axis]
         if len(places) == 2 and maps[0].shape[axis] > 2 and (places[1] - places[0]) * expected < 0.02:
             return name
@@ -60,53 +62,53 @@ def find_wrong_axis(maps: list[Tensor], spots: list[tuple[float, float]]) -> str
 
 
 @torch.no_grad()
-def find_growing_axes(model: nn.Module, layer: str, size: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the axes of a layer's output that grow with the image's height and width; None if that does not show."""
-    shapes: list[tuple[int, ...]] = []
-    handle = model.get_submodule(layer).register_forward_hook(
-        lambda module, inputs, output: shapes.append(tuple(output.shape)) if isinstance(output, Tensor) else None
-    )
+def find_growing_axes(model: nn.Module, layers: list[str]) -> dict[str, tuple[int, int]]:
+    """Return, for each layer where that shows, the axes of its 4-d output that grow with the image's height and its width."""
+    shapes: dict[str, list[tuple[int, ...]]] = {layer: [] for layer in layers}
+
+    def record(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4:
+            shapes[name].append(tuple(output.shape))
+
+    handles = [model.get_submodule(layer).register_forward_hook(partial(record, layer)) for layer in layers]
     try:
-        for height, width in (size, (size[0] + 64, size[1]), (size[0], size[1] + 64)):
-            before = len(shapes)
-            model(torch.zeros(1, 3, height, width, dtype=torch.float64))
-            del shapes[before + 1 :]
-            if len(shapes) == before:
-                return None
-    except (RuntimeError, AssertionError, ValueError):  # another size is refused
-        return None
+        for size in ((192, 192), (256, 192), (192, 256)):
+            model(torch.zeros(1, 3, *size))
+    except (RuntimeError, AssertionError, ValueError):  # other sizes are refused
+        return {}
     finally:
-        handle.remove()
-    first, taller, wider = shapes
-    if len(first) != 4:
-        return None
-    grown = [[axis for axis in range(4) if other[axis] != first[axis]] for other in (taller, wider)]
-    return (grown[0][0], grown[1][0]) if list(map(len, grown)) == [1, 1] else None
+        for handle in handles:
+            handle.remove()
+    axes = {}
+    for layer, (first, *others) in ((layer, found) for layer, found in shapes.items() if len(found) == 3):
+        grown = [[axis for axis in range(4) if other[axis] != first[axis]] for other in others]
+        if list(map(len, grown)) == [1, 1]:
+            axes[layer] = (grown[0][0], grown[1][0])
+    return axes
 
 
 @torch.no_grad()
-def check_layer(model: nn.Module, layer: str, size: tuple[int, int]) -> str:
+def check_layer(model: nn.Module, layer: str, size: tuple[int, int], axes: tuple[int, int] | None) -> str:
     """Return "right", "refused", or what is wrong with a layer's layout."""
     height, width = size
-    spots = [(0.25, 0.75), (0.75, 0.25)]
-    images = torch.zeros(3, 3, height, width, dtype=torch.float64)
-    for index, (y, x) in enumerate(spots, 1):
+    images = torch.zeros(3 if axes is None else 1, 3, height, width)
+    for image, (y, x) in zip(images[1:], SPOTS, strict=False):
         top, left = int(y * height), int(x * width)
-        images[
-            index, :, max(0, top - height // 12) : top + height // 12 + 1, max(0, left - width // 12) : left + width // 12 + 1
-        ] = 3
+        image[:, max(0, top - height // 12) : top + height // 12 + 1, max(0, left - width // 12) : left + width // 12 + 1] = 3
     try:
         with FeatureTap(model, layer) as tap:
             tap(images)
             layout, features = tap.layout, tap.layout.to_maps(tap.features).float()
-    except (ValueError, TypeError, RuntimeError) as error:
-        return "refused" if isinstance(error, (ValueError, TypeError)) or "did not run" in str(error) else "no run"
-    if (axes := find_growing_axes(model, layer, size)) is not None:
+    except (ValueError, TypeError):
+        return "refused"
+    except RuntimeError as error:
+        return "refused" if "did not run" in str(error) else "no run"
+    if axes is not None:
         return "right" if axes == ((2, 3) if layout.kind == "BCHW" else (1, 2)) else f"wrong axes: {layout}, grows along {axes}"
     responses = [(features[index] - features[0]).square().sum(0) for index in (1, 2)]
     if not all(bool(response.any()) for response in responses):
         return "right"  # dead
-    wrong = find_wrong_axis(responses, spots)
+    wrong = find_wrong_axis(responses, SPOTS)
     return f"wrong along {wrong}: {layout}" if wrong else "right"
 
 
@@ -114,7 +116,7 @@ def build_models(count: int | None) -> Iterator[tuple[str, nn.Module]]:
     """Build a randomly initialised model of each family."""
     for name in TORCHVISION[:count]:
         options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-        yield name, torchvision.models.get_model(name, weights=None, **options).eval().double()
+        yield name, torchvision.models.get_model(name, weights=None, **options).eval()
     import timm
 
     smallest: dict[str, str] = {}
@@ -125,7 +127,7 @@ def build_models(count: int | None) -> Iterator[tuple[str, nn.Module]]:
             if any(size in name for size in ("tiny", "atto", "nano", "xxs", "pico", "small", "18", "b0")):
                 smallest[family] = name
     for name in list(smallest.values())[:count]:
-        yield f"timm {name}", timm.create_model(name, pretrained=False).eval().double()
+        yield f"timm {name}", timm.create_model(name, pretrained=False).eval()
 
 
 def main() -> None:
@@ -143,9 +145,10 @@ def main() -> None:
         except ValueError as error:
             tqdm.write(f"{name}: refused: {error}")
             continue
+        axes = find_growing_axes(model, layers)
         for size in SIZES[: options.sizes]:
             for layer in layers:
-                found = check_layer(model, layer, size)
+                found = check_layer(model, layer, size, axes.get(layer))
                 kind = found.split(":")[0]
                 counts[kind] = counts.get(kind, 0) + 1
                 if found.startswith("wrong"):

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from operator import length_hint
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +99,8 @@ class Trainer:
         self.history: dict[str, list[float]] = {}
         self._first_epoch = 0  # of the current fit; an interrupted fit keeps it for the next call
         self._totals = Totals(self.metrics)  # of the current epoch
-        self._source: Any = None  # of the batches of the current epoch
+        self._source: Iterable = ()  # of the batches of the current epoch
+        self._has_failed = False
 
     def fit(
         self, loader: Iterable, epochs: int, validation: Iterable | None = None, verbose: bool = True
@@ -115,8 +115,9 @@ class Trainer:
         first, goal = self._first_epoch, self._first_epoch + int(epochs)
         verbose = verbose and distributed.is_main_process()
         source = getattr(loader, "source", loader)  # encoded batches are built anew for each fit
-        if source is not self._source:
-            self._source, self.step = source, 0  # an epoch on other data begins anew
+        if source is not self._source and (self._has_failed or length_hint(source) != length_hint(self._source)):
+            self.step = 0  # an epoch on other data begins anew
+        self._source, self._has_failed = source, False
         try:
             with distributed.main_process_first():  # it may still be writing the checkpoint of the last fit
                 self._resume(verbose)
@@ -136,7 +137,7 @@ class Trainer:
                     latest = "  ".join(f"{name} {values[-1]:.4f}" for name, values in self.history.items())
                     print(f"epoch {self.epoch}/{goal}: {latest}")
         except Exception:  # an error, not an interruption: the next fit counts its epochs from here
-            self._first_epoch = self.epoch
+            self._first_epoch, self._has_failed = self.epoch, True
             raise
         self._first_epoch = self.epoch
         prefix = "val_" if validation is None else None  # an earlier fit may have validated
@@ -244,11 +245,11 @@ class Trainer:
         try:
             with delay_interrupts():
                 self._load(saved)
-        except Exception as error:
+        except BaseException as error:
             for part, state in zip((self.model, self.optimizer, self.scheduler), own, strict=True):
                 if part:
                     part.load_state_dict(state)  # a refused checkpoint changes nothing
-            if isinstance(error, ValueError):
+            if str(self.checkpoint) in str(error) or not isinstance(error, Exception):
                 raise
             reason = type(error).__name__
             raise ValueError(f"{self.checkpoint} is not a checkpoint of this kind of run ({reason}); delete it") from error
@@ -262,13 +263,13 @@ class Trainer:
             if not is_same(ours.get(name), theirs.get(name)):
                 message = f"{self.checkpoint} is of a run with {name} = {theirs.get(name)}, this one has {ours.get(name)}"
                 raise ValueError(f"{message}; delete it or give another path")
-        if progress["epoch"] < self.epoch:
-            return  # this trainer has trained for longer
         counts, history = [progress["epoch"], progress["step"]], progress["history"]
         if len(saved["metrics"]) != len(self.metrics) or not all(type(count) is int and count >= 0 for count in counts):
             raise KeyError("metrics or progress")
         if not is_plain(progress) or any(len(values) > counts[0] for values in history.values()):
             raise KeyError("progress")
+        if counts[0] < self.epoch:
+            return  # this trainer has trained for longer
         load_state(self.model, saved["model"], self.checkpoint)
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.scheduler is not None:

@@ -1,4 +1,5 @@
 import itertools
+import signal
 
 import pytest
 import torch
@@ -262,3 +263,88 @@ def test_amp_runs_in_bfloat16():
 
     Trainer(model, step, torch.optim.SGD(model.parameters(), 0.01), amp=True).fit([(torch.rand(2, 4),)], 1, verbose=False)
     assert kinds == [torch.bfloat16]
+
+
+def get_weights(trainer):
+    return torch.cat([value.double().flatten() for value in trainer.model.state_dict().values()])
+
+
+@pytest.mark.parametrize("moment", ["after the optimizer", "in the loss", "in the callback"])
+def test_ctrl_c_without_a_checkpoint_continues_bit_for_bit(moment):
+    """A real signal; the step that it falls into is finished first."""
+    expected = build_trainer()
+    expected.fit(build_loader(), 3, verbose=False)
+    trainer, calls = build_trainer(), itertools.count()
+
+    def interrupt(*_):
+        if next(calls) == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    if moment == "after the optimizer":
+        trainer.optimizer.register_step_post_hook(interrupt)
+    elif moment == "in the loss":
+        trainer.model.register_forward_hook(interrupt)
+    else:
+        trainer.on_step = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(build_loader(), 3, verbose=False)
+    assert (trainer.epoch, trainer.step) == (1, 3)  # of five steps an epoch; eight are done
+    history = trainer.fit(build_loader(), 3, verbose=False)
+    assert torch.equal(get_weights(trainer), get_weights(expected)) and history == expected.history
+
+
+def test_after_an_error_other_data_is_trained_on_from_its_start():
+    class Breaks(torch.utils.data.Dataset):
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            if index == 30:
+                raise OSError("disk gone")
+            return build_data()[index]
+
+    trainer, steps = build_trainer(on_step=lambda trainer: steps.append(1)), []
+    with pytest.raises(OSError, match="disk gone"):
+        trainer.fit(DataLoader(Breaks(), 8), 1, verbose=False)
+    assert len(steps) == 3
+    history = trainer.fit(DataLoader(build_data(16), 8), 1, verbose=False)
+    assert len(steps) == 5 and len(history["loss"]) == 1
+
+
+def test_a_refused_checkpoint_changes_nothing(tmp_path):
+    build_trainer(tmp_path / "run.pt").fit(build_loader(), 1, verbose=False)
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    for change in (
+        {"optimizer": {"state": {}, "param_groups": []}},
+        {"progress": saved["progress"] | {"epoch": -1}},
+        {"progress": saved["progress"] | {"step": float("inf")}},
+        {"progress": saved["progress"] | {"history": {"loss": [1.0] * 9}}},
+        {"model": {name: value * float("nan") for name, value in saved["model"].items()}},
+        {"metrics": []},
+    ):
+        torch.save(saved | change, tmp_path / "bad.pt")
+        trainer = build_trainer(tmp_path / "bad.pt")
+        before = get_weights(trainer)
+        with pytest.raises(ValueError, match="bad.pt"):
+            trainer.fit(build_loader(), 2, verbose=False)
+        assert torch.equal(get_weights(trainer), before) and trainer.epoch == 0
+
+
+def test_a_restart_says_where_it_continues(tmp_path, capsys):
+    build_trainer(tmp_path / "run.pt").fit(build_loader(), 1, verbose=False)
+    build_trainer(tmp_path / "run.pt").fit(build_loader(), 2)
+    assert "run.pt: continuing after 1 epochs and 0 steps" in capsys.readouterr().out
+
+
+def test_an_impossible_checkpoint_is_noticed_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    steps = []
+    with pytest.raises(OSError, match="cannot be written"):
+        build_trainer(tmp_path / "file" / "run.pt", on_step=steps.append).fit(build_loader(), 1, verbose=False)
+    assert not steps
+
+
+def test_endless_epochs_raise():
+    for epochs in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="epochs must be an integer of at least 1"):
+            build_trainer().fit(build_loader(), epochs, verbose=False)

@@ -82,7 +82,7 @@ def iterate_seeded_batches(loader: Iterable, seed: int, epoch: int) -> Iterator:
     finally:
         if draws_order:
             sampler.generator = None
-        for generator, state in states:
+        for generator, state in reversed(states):  # one may be listed twice
             generator.set_state(state)
 
 

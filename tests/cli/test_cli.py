@@ -7,10 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from scanlib import SCAN, GradCAM, Signs, load_classifier
-from scanlib.cli import main
+from scanlib import SCAN, GradCAM, Signs, SmallResNet, load_classifier
+from scanlib.cli import compare as compare_command, main
 from scanlib.data.photos import read_image
+from scanlib.models.zoo import CHECKPOINTS
 from scanlib.targets import LogProbability
+
+SHIPPED = CHECKPOINTS / "signs_cnn_decoder.pt"
 
 
 @pytest.fixture
@@ -253,3 +256,60 @@ def test_methods_are_explainers_of_one_map_per_image():
 
     assert {"CAM", "GradCAM", "ScoreCAM", "AblationCAM", "FullGrad", "AttentionRollout", "LeGrad"} <= set(METHODS)
     assert not {"SCANExplainer", "Explainer", "CAMExplainer", "DeepFeatureFactorization"} & set(METHODS)
+
+
+def test_explain_refuses_outputs_options_and_classes_in_one_line(folder, tmp_path):
+    (tmp_path / "figures").mkdir()
+    cam = "--model signs_cnn --method GradCAM"
+    for arguments, message in (
+        (f"{cam} --out {tmp_path / 'figures'}", "--out must be a file that ends in .png"),
+        (f"{cam} --out {tmp_path / 'x.docx'}", "--out must be a file that ends in .png"),
+        (f"{cam} --out {folder / '0.png' / 'x.png'}", "cannot be written"),
+        (f"--decoder {SHIPPED} --layer layer3", "--layer needs a --method or --evidence"),
+        (f"--decoder {SHIPPED} --weights none", "--weights must be those that .* was trained for, got none"),
+        (f"{cam} --class ²", "--class '²' not found"),
+        (f"{cam} --class=-1", "--class must be in 0..9 for this model, got -1"),
+    ):
+        with pytest.raises(SystemExit, match=f"scanlib explain: .*{message}"):
+            main(["explain", str(folder / "0.png"), *arguments.split()])
+    with pytest.raises(SystemExit, match="scanlib explain: --out must be a file"):
+        main(["explain", str(folder / "0.png"), *cam.split(), "--out", ""])
+
+
+def test_explain_with_random_weights(folder, tmp_path, capsys):
+    out = tmp_path / "m.svg"
+    main(["explain", str(folder / "0.png"), *f"--model signs_cnn --weights none --method EigenCAM --out {out}".split()])
+    assert out.exists() and "1 explained" in capsys.readouterr().out
+
+
+def test_maps_of_nan_exit_with_one_line(folder, tmp_path):
+    state = {name: value * 1e30 for name, value in SmallResNet().state_dict().items() if value.is_floating_point()}
+    torch.save(SmallResNet().state_dict() | state, tmp_path / "huge.pt")
+    with pytest.raises(SystemExit, match="scanlib explain: .*NaN"):
+        main(["explain", str(folder / "0.png"), *f"--model signs_cnn --weights {tmp_path / 'huge.pt'} --method GradCAM".split()])
+
+
+def test_compare_takes_images_of_all_classes_and_notices_a_bad_out(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.new("RGB", (64, 64), {"a": "red", "b": "lime", "c": "blue"}[name]).save(tmp_path / name / f"{i}.png")
+    images, _ = compare_command._load_images(str(tmp_path), 64, 3)
+    assert [int(image.flatten(1).mean(1).argmax()) for image in images] == [0, 1, 2]
+    (tmp_path / "t.md").mkdir()
+    monkeypatch.setattr(compare_command, "compare", lambda *_, **__: pytest.fail("ran"))
+    with pytest.raises(SystemExit, match="scanlib compare: .*t.md cannot be written"):
+        main(f"compare {tmp_path} --model signs_cnn --out {tmp_path / 't.md'}".split())
+
+
+def test_restarted_training_on_other_data_is_refused(folder, tmp_path, tmp_path_factory, monkeypatch):
+    other = tmp_path_factory.mktemp("other")
+    for i in range(8):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(other / f"{i}.png")
+    (folder / "broken.png").unlink()
+    command = "train --model signs_cnn --epochs 2 --batch-size 4 --validation 0 --widths 4 4 4 4 --out " + str(tmp_path / "d.pt")
+    monkeypatch.setattr(SCAN, "save_decoder", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        main([*command.split(), "--data", str(other)])  # killed after the last epoch
+    with pytest.raises(SystemExit, match="d.pt.run is of a run with data = .*other0, 8 images, .*, this one has "):
+        main([*command.split(), "--data", str(folder)])

@@ -1,9 +1,11 @@
+import os
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
-from scanlib.data import PhotoFolder, read_image
+from scanlib.data import PhotoFolder, photos, read_image
 
 
 def save_image(path, size=(40, 30), colour=(200, 100, 50), mode="RGB", **options):
@@ -98,3 +100,85 @@ def test_read_image_scales_16_bit_images_and_crops_the_centre(tmp_path):
     wide[:, 20:40] = 255  # the middle third, a square
     Image.fromarray(wide).save(tmp_path / "wide.png")
     assert read_image(tmp_path / "wide.png", 10).mean() > 240
+
+
+RAMP = np.tile(np.linspace(0, 1, 64), (8, 1))
+
+
+@pytest.mark.parametrize(
+    ("array", "top"),
+    [
+        (RAMP.astype(np.float32), 255),
+        ((RAMP * 255).astype(np.float32), 255),
+        ((RAMP * 65535).astype(np.float32), 255),
+        ((RAMP * 1e7).astype(np.float32), 255),
+        ((RAMP * 2000 - 1000).astype(np.float32), 255),
+        ((RAMP * 1023).astype(np.uint16), 255),
+        ((RAMP * 4095).astype(np.uint16), 255),
+        ((RAMP * 65535).astype(np.uint16), 255),
+        ((RAMP * 3000).astype(np.uint16), 187),  # 12 bits that are not used to the full
+        ((RAMP * 4095).astype(np.int32), 255),
+        ((RAMP * 2000 - 1000).astype(np.int32), 255),
+    ],
+)
+def test_deep_greyscale_keeps_its_contrast(array, top, tmp_path):
+    Image.fromarray(array).save(tmp_path / "deep.tif")
+    image = read_image(tmp_path / "deep.tif")
+    torch.testing.assert_close(image[0], torch.tensor(RAMP * top).float(), rtol=0, atol=1)
+    assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+
+
+def test_infinite_values_raise(tmp_path):
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(OSError, match="NaN or infinite"):
+        read_image(tmp_path / "nan.tif")
+
+
+def test_other_endings_are_images_too(tmp_path):
+    for name in ("a.jfif", "b.jpe", "c.JPEG"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name, "jpeg")
+    if features.check("avif"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "x.avif")
+    (tmp_path / "x.heic").write_bytes(b"not readable here")
+    with pytest.warns(UserWarning, match=r"x.heic \(install pillow-heif"):
+        folder = PhotoFolder(tmp_path, 8)
+    assert len(folder) == 3 + bool(features.check("avif"))
+
+
+def test_files_of_many_pixels_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "MAX_PIXELS", 10_000)
+    Image.new("L", (200, 100)).save(tmp_path / "bomb.png")
+    with pytest.raises(OSError, match="bomb.png has 200 x 100 pixels, more than 0 million; make it smaller first"):
+        read_image(tmp_path / "bomb.png")
+    save_image(tmp_path / "small.png")
+    with pytest.warns(UserWarning, match=r"1 of 2 images .* bomb.png \(.*200 x 100 pixels"):
+        assert len(PhotoFolder(tmp_path, 8)) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_do_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    save_image(tmp_path / "real.png")
+    with pytest.warns(UserWarning, match=r"pipe.png \(.* is not a file"):
+        assert len(PhotoFolder(tmp_path, 8)) == 1
+    with pytest.raises(OSError, match="is not a file"):
+        read_image(tmp_path / "pipe.png")
+
+
+def test_labels_do_not_shift_behind_a_class_that_cannot_be_read(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        save_image(tmp_path / name / "1.png")
+    (tmp_path / "b" / "1.png").write_text("no image")
+    with pytest.warns(UserWarning) as warned:
+        folder = PhotoFolder(tmp_path, 8)
+    assert folder.classes == ["a", "b", "c"] and folder.labels == [0, 2]
+    assert any("1 folders" in str(w.message) and "have no readable image: b" in str(w.message) for w in warned)
+    real = os.walk
+
+    def walk(root, onerror, followlinks):
+        onerror(PermissionError(13, "Permission denied", str(tmp_path / "b")))
+        return real(root, onerror=onerror, followlinks=followlinks)
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(OSError, match=r"the folder .*b cannot be read \(Permission denied\)"):
+        PhotoFolder(tmp_path, 8)

@@ -22,6 +22,7 @@ CHROMIUM = (
 )
 QUIET = "no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update disable-sync"
 FLAGS = [f"--{flag}" for flag in QUIET.split()]
+WAITS = 1200  # of 100 ms: a busy machine computes a map in a minute
 
 pytestmark = [
     pytest.mark.skipif(not os.environ.get("SCANLIB_BROWSER"), reason="set SCANLIB_BROWSER=1, or call `make browser`"),
@@ -33,7 +34,7 @@ def start_server(arguments: list[str], address: str, environment: dict[str, str]
     """Start a server and wait until it answers."""
     with open(ROOT / "out" / "server.log", "w") as log:
         server = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    for _ in range(240):
+    for _ in range(480):
         try:
             urllib.request.urlopen(address, timeout=2)
             return server
@@ -70,7 +71,7 @@ def use_every_control(page, box, folder: Path, name: str) -> None:
     def expect_change(what, act):
         before = picture.get_attribute("src")
         act()
-        for _ in range(100):
+        for _ in range(WAITS):
             if picture.get_attribute("src") != before:
                 return
             page.wait_for_timeout(100)
@@ -90,7 +91,7 @@ def use_every_control(page, box, folder: Path, name: str) -> None:
     expect_change("an upload", lambda: chooser.value.set_files(str(upload)))
     saved = set((ROOT / "data" / "cache").glob("explorer_*.png"))
     box.get_by_role("button", name="save").click()
-    for _ in range(100):
+    for _ in range(WAITS):
         if new := set((ROOT / "data" / "cache").glob("explorer_*.png")) - saved:
             break
         page.wait_for_timeout(100)

@@ -1,10 +1,11 @@
 import pathlib
+import re
 
 import pytest
 import torch
 import torchvision
 
-from scanlib import Signs, load_classifier
+from scanlib import Signs, SmallResNet, load_classifier
 from scanlib.models import zoo
 
 
@@ -122,3 +123,25 @@ def test_published_weights_file_with_code_runs_nothing(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="weights of squeezenet1_1 could not be downloaded or read"):
         load_classifier("squeezenet1_1")
     assert not (tmp_path / "ran").exists()
+
+
+def test_old_names_of_densenet_and_versions_of_mnasnet(tmp_path):
+    for name in ("densenet121", "mnasnet0_5"):
+        torch.manual_seed(0)
+        model = torchvision.models.get_model(name, weights=None).eval()
+        state = dict(model.state_dict())  # without the metadata
+        if name == "densenet121":
+            state = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): value for key, value in state.items()}
+            assert "features.denseblock1.denselayer1.norm.1.weight" in state
+        torch.save(state, tmp_path / "w.pth")
+        x = torch.rand(1, 3, 64, 64)
+        torch.testing.assert_close(load_classifier(name, tmp_path / "w.pth").model(x), model(x))
+
+
+def test_weights_of_nan_are_refused(tmp_path):
+    state = {name: value * float("nan") for name, value in SmallResNet().state_dict().items()}
+    torch.save(state, tmp_path / "nan.pt")
+    with pytest.raises(
+        ValueError, match="weights of signs_cnn at .*nan.pt must hold finite weights, got NaN or infinite values in"
+    ):
+        load_classifier("signs_cnn", tmp_path / "nan.pt")

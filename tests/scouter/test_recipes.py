@@ -212,9 +212,51 @@ def test_bad_recipes_raise():
         ({"head": "both"}, "head must be base or positive or negative, got 'both'"),
         ({"schedule": "cosine"}, "schedule must be step or one-cycle, got 'cosine'"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epochs": float("inf")}, "epochs must be int, got inf"),
+        ({"epochs": 1.5}, "epochs must be int, got 1.5"),
+        ({"image_size": 12_000}, "image_size must be at most 2048, got 12000"),
+        ({"rescale": "no"}, "rescale must be bool, got 'no'"),
+        ({"lam": float("nan")}, "lam must be finite, got nan"),
+        ({"slots": torch.zeros(3)}, "slots must be int, got tensor"),
     ):
         with pytest.raises(ValueError, match=message):
             Recipe(**options)
+    assert Recipe(rescale="False").rescale is False and Recipe(rescale="true").rescale is True
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"key_layers": 10**9}, {"iterations": 10**9}, {"image_size": 12_000}, {"slots": 7}, {"channels": 4096}, {"epochs": 0}),
+        *({"epochs": float("inf")}, {"backbone": "vit_b_16"}, {"backbone": "nothing"}, {"head": torch.zeros(3)}, {"freeze": -1}),
+    ],
+)
+def test_odd_recipes_in_a_file_raise_before_anything_is_built(change, tmp_path):
+    saved = torch.load(CHECKPOINTS / "signs_scouter_positive.pt", weights_only=True)
+    saved["recipe"] |= change
+    torch.save(saved, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="odd.pt must be the checkpoint of a Scouter or of its base classifier: ") as raised:
+        load_scouter(tmp_path / "odd.pt")
+    assert "\n" not in str(raised.value)
+
+
+def test_odd_classes_in_a_file_raise(tmp_path):
+    saved = torch.load(CHECKPOINTS / "signs_scouter_positive.pt", weights_only=True)
+    for classes in ([], "abc", [1, 2], torch.zeros(3)):
+        torch.save(saved | {"classes": classes}, tmp_path / "odd.pt")
+        with pytest.raises(ValueError, match="odd.pt must be the checkpoint of a Scouter"):
+            load_scouter(tmp_path / "odd.pt")
+
+
+def test_training_leaves_the_global_random_state(tmp_path):
+    torch.manual_seed(7)
+    expected = torch.rand(())
+    torch.manual_seed(7)
+    recipe = replace(PRESETS["signs-positive"], scenes=16, epochs=1, backbone="signs_cnn")
+    train_recipe(recipe, tmp_path / "s.pt", "cpu", verbose=False)
+    assert torch.equal(torch.rand(()), expected)
+    with pytest.raises(OSError, match="cannot be written"):
+        train_recipe(recipe, tmp_path / "s.pt" / "inside.pt", "cpu", verbose=False)
 
 
 # --- the command line ---

@@ -1,5 +1,6 @@
 """Decoder files without a SCAN; test_scan.py tests them with one."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -75,3 +76,63 @@ def test_validate_percentile_raises_outside_the_range(percentile):
     assert validate_percentile(95) == 95.0
     with pytest.raises(ValueError, match=r"percentile must be a number in \[0, 100\], got "):
         validate_percentile(percentile)
+
+
+def test_fingerprint_covers_every_weight_and_buffer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)).to(torch.bfloat16)
+    seen = {compute_fingerprint(model)}
+    for tensor in (*model.parameters(), *model.buffers()):
+        with torch.no_grad():
+            tensor.view(-1)[-1] += 1
+        seen.add(compute_fingerprint(model))
+    assert len(seen) == 1 + len(list(model.parameters())) + len(list(model.buffers()))
+    assert compute_fingerprint(nn.Flatten()) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("config",), torch.zeros(3)),
+        (("config", "image_size"), []),
+        (("config", "depth"), 10**9),
+        (("config", "grid"), [10**9, 10**9]),
+        (("config", "ch_per_lv"), [10**9] * 4),
+        (("config", "output_stride"), float("inf")),
+        (("config", "decoder"), "Sequential"),
+        (("identity",), []),
+        (("identity", "channels"), torch.zeros(3)),
+        (("weights",), torch.zeros(3)),
+        (("notes",), {"a": torch.zeros(3)}),
+        (("state_dict",), 5),
+    ],
+)
+def test_odd_values_in_a_file_raise_value_errors_of_one_line(tmp_path, path, value):
+    torch.manual_seed(0)
+    write_decoder(tmp_path / "d.pt", DecoderState(build_decoder(CONFIG), dict(CONFIG), True), IDENTITY, 7)
+    saved = torch.load(tmp_path / "d.pt", weights_only=True)
+    place = saved
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    torch.save(saved, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="odd.pt .*; (train|build|pass)|odd.pt must hold") as raised:
+        read_decoder(tmp_path / "odd.pt", IDENTITY)
+    assert "\n" not in str(raised.value)
+
+
+def test_percentiles_may_be_numbers_of_numpy_and_torch():
+    for percentile in (95, 95.0, np.float32(95), np.int64(95), torch.tensor(95.0)):
+        assert validate_percentile(percentile) == 95.0
+    for wrong in (b"95", "95", True, None, np.zeros(2), torch.zeros(2), float("nan")):
+        with pytest.raises(ValueError, match="percentile must be a number in"):
+            validate_percentile(wrong)
+
+
+def test_decoders_are_float32_whatever_the_default_precision_is():
+    torch.set_default_dtype(torch.float64)
+    try:
+        decoder = build_decoder(CONFIG)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in decoder.parameters()} == {torch.float32}

@@ -3,11 +3,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
+from scanlib.training.feature_cache import is_repeatable
 from scanlib.training.randomness import isolated_rng, iterate_seeded_batches
-
-CPU = torch.device("cpu")
 
 
 def draw():
@@ -54,3 +53,41 @@ def test_set_epoch_is_called():
     sampler = Sampler(range(3))
     list(iterate_seeded_batches(DataLoader(range(3), sampler=sampler), 0, 7))
     assert sampler.epoch == 7
+
+
+def test_loaders_get_their_random_state_back():
+    generator = torch.Generator().manual_seed(5)
+    loader = DataLoader(TensorDataset(torch.arange(20.0)), 4, shuffle=True, generator=generator)
+    before = generator.get_state()
+    with isolated_rng():
+        list(iterate_seeded_batches(loader, 0, 0))
+        for _ in iterate_seeded_batches(loader, 0, 0):
+            break
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_order_does_not_depend_on_the_number_of_workers(workers):
+    def draw(**options):
+        loader = DataLoader(TensorDataset(torch.arange(20.0)), 4, shuffle=True, **options)
+        with isolated_rng():
+            batches = [(batch[0].tolist(), float(torch.rand(()))) for batch in iterate_seeded_batches(loader, 3, 1)]
+        assert loader.sampler.generator is None
+        return batches
+
+    assert draw(num_workers=workers) == draw()
+
+
+def test_looking_for_augmentation_draws_nothing():
+    class Random(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return torch.rand(3), index
+
+    torch.manual_seed(0)
+    expected = torch.rand(())
+    torch.manual_seed(0)
+    assert not is_repeatable(DataLoader(Random(), 2))
+    assert torch.equal(torch.rand(()), expected)
