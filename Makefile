@@ -1,4 +1,4 @@
-# make demo | test | lab | bench: each sets up .venv by itself
+# make demo | test | lab | bench | torture: each sets up .venv by itself
 PYTHON ?= python3
 ifeq ($(OS),Windows_NT)
 BIN := .venv/Scripts
@@ -7,7 +7,7 @@ BIN := .venv/bin
 endif
 export SCANLIB_FAST ?=
 
-.PHONY: demo test lab bench browser checkpoints links clean
+.PHONY: demo test lab bench torture browser checkpoints links clean
 
 demo: .venv/installed                ## execute the quickstart and leave its page and picture in out/
 	$(BIN)/python -m nbconvert --to html --execute notebooks/00_quickstart.ipynb --output-dir out --output quickstart --log-level WARN
@@ -28,6 +28,9 @@ bench: .venv/installed-test          ## beside the straightforward way and the p
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/explorer.py
+
+torture: .venv/installed-test        ## try to break it for 20 minutes: kills, damaged files, threads, interrupts; writes benchmarks/FAULTS.md
+	$(BIN)/python benchmarks/torture.py
 
 checkpoints: .venv/installed         ## train what ships in data/checkpoints
 	$(BIN)/python data/make_checkpoints.py

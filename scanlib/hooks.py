@@ -33,10 +33,13 @@ def check_finite(x: Tensor, what: str) -> Tensor:
 
 
 def differentiate(score: Tensor, tensors: Sequence[Tensor], **options) -> tuple[Tensor | None, ...]:
-    """Call torch.autograd.grad. Raises ValueError if the model's gradient checkpointing does not allow it."""
+    """Call torch.autograd.grad. Raises ValueError if there is no gradient, or gradient checkpointing hides it."""
     try:
         return torch.autograd.grad(score, tensors, **options)
     except RuntimeError as error:
+        if "not have been used" in str(error) or "does not require grad" in str(error):
+            reason = "by any gradient: the model runs it under no_grad, or is quantized"
+            raise ValueError(f"the score does not depend on the layer {reason}; use another layer or ScoreCAM") from error
         if "checkpoint" not in str(error).lower():
             raise
         raise ValueError("the model uses gradient checkpointing, which hides its layers; turn it off to explain it") from error

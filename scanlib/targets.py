@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -86,6 +87,8 @@ def check_count(target: Target, count: int) -> None:
 
 def select_class(output: Tensor, target: int) -> Tensor:
     """Return the entry of a class in the output for one image. Raises ValueError for a class out of range."""
+    if isinstance(target, bool) or not isinstance(target, (int, np.integer)):
+        raise TypeError(f"target class must be an integer, got {target!r}")
     if not 0 <= target < len(output):
         raise ValueError(f"target class {target} is out of range: the model has classes 0..{len(output) - 1}")
     return output[target]
@@ -176,8 +179,8 @@ class Contrast:
             others = torch.as_tensor(self.references, dtype=torch.long, device=output.device)
         if not len(others):
             raise ValueError(f"references must be classes, or how many of them, at least 1, got {self.references!r}")
-        probability = output.softmax(0)[others]
-        return (probability * (own_score - self.strength * output[others])).sum() / probability.sum().clamp_min(1e-9)
+        weight = output[others].softmax(0)  # p_i / sum_i p_i, which does not underflow where the model is certain
+        return (weight * (own_score - self.strength * output[others])).sum()
 
 
 @dataclass(frozen=True, eq=False)

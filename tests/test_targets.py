@@ -154,3 +154,20 @@ def test_wrong_number_of_callables_raises():
     with pytest.raises(ValueError, match="target must be a callable or one per image, got 3 callables for 2 images"):
         check_count([Probability(0)] * 3, 2)
     check_count([Probability(0)] * 2, 2), check_count(Probability(0), 2), check_count([1, 2, 3], 2)  # the last is for others
+
+
+def test_contrast_of_a_model_that_is_certain():
+    """Probabilities of 1e-18 must not be rounded away: the weights are their ratios."""
+    output = torch.tensor([40.0, 0, -1, -2, -5], requires_grad=True)
+    score = Contrast(0)(output)
+    (gradient,) = torch.autograd.grad(score, output)
+    others = torch.tensor([0.0, -1, -2])
+    torch.testing.assert_close(score, 40 - (others.softmax(0) * others).sum())
+    torch.testing.assert_close(gradient[0], torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("kind", [Probability, LogProbability, ReST, OutputValue, lambda c: Contrast(0, [c])])
+def test_classes_that_are_no_integers_raise(kind):
+    for wrong in (True, 1.5, "3"):
+        with pytest.raises(TypeError, match="target class must be an integer, got"):
+            compute_scores(torch.randn(2, 5), kind(wrong))

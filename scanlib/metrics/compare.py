@@ -7,6 +7,7 @@ table.win("deletion")                                   # on which share of the 
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from scanlib.metrics.stability import compute_infidelity, compute_max_sensitivit
 from scanlib.metrics.table import Comparison
 from scanlib.structure.inputs import return_unchanged
 from scanlib.targets import Target, is_callable_target, resolve_classes
+from scanlib.training.decoder_file import validate_percentile
 
 
 @dataclass
@@ -141,7 +143,7 @@ def compare(
     """
     from tqdm.auto import tqdm
 
-    _validate_arguments(images, explainers, steps)
+    _validate_arguments(images, explainers, steps, patch, batch_size, percentiles)
     metrics, size, images = _select_metrics(metrics, masks), (images.shape[2], images.shape[3]), at_least_float32(images)
     seeds = itertools.count(seed)  # the random map differs from call to call, the centre prior does not
     baselines: dict[str, ExplainerFunction] = {
@@ -175,24 +177,35 @@ def compare(
         else:
             maps, found.milliseconds[name] = _explain(name, explainer, images, classes, batch_size)
         inputs = MetricInputs(explainer, score, images, maps, masks, classes, fill, steps, percentiles, options)
-        found.values[name] = {metric: measure(inputs).detach().cpu() for metric, (_, measure) in metrics.items()}
+        try:
+            found.values[name] = {metric: measure(inputs).detach().cpu() for metric, (_, measure) in metrics.items()}
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         found.curves[name] = {curve: value.cpu() for curve, value in inputs.curves.items()}
         found.maps[name] = maps.cpu()
     return found
 
 
-def _validate_arguments(images: Tensor, explainers: Mapping[str, ExplainerFunction], steps: int) -> None:
+def _validate_arguments(images, explainers, steps, patch, batch_size, percentiles) -> None:
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(
-            f"images must be a tensor (N, 3, H, W) with N >= 1, got {shape}; signals and volumes can be explained, not compared"
-        )
+        advice = "for one image pass image[None]; signals and volumes cannot be compared"
+        raise ValueError(f"images must be a tensor (N, 3, H, W) with N >= 1, got {shape}; {advice}")
     classes = [each for each in explainers.values() if isinstance(each, type)] if isinstance(explainers, Mapping) else []
     if classes or not isinstance(explainers, Mapping):
         seen = f"the class {classes[0].__name__}" if classes else type(explainers).__name__
         raise ValueError(f"explainers must be a dictionary such as {{'Grad-CAM': GradCAM(model)}}, got {seen}")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer of 1 or more, got {steps!r}")
+    for name, value, most in (
+        ("steps", steps, 10_000),
+        ("patch", patch, max(images.shape[2:])),
+        ("batch_size", batch_size, math.inf),
+    ):
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")
+    if not isinstance(percentiles, (list, tuple)) or not percentiles:
+        raise ValueError(f"percentiles must be a list of numbers in [0, 100], got {percentiles!r}")
+    for percentile in percentiles:
+        validate_percentile(percentile)
 
 
 def _select_metrics(metrics: Sequence[str] | Metrics | None, masks: Tensor | None) -> Metrics:

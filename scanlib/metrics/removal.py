@@ -96,7 +96,13 @@ def score_removals(
     remove = filled if callable(filled) else lambda index, removed: torch.where(removed[:, None], filled[index], images[index])
     pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(steps)).to(images.device)
     batches = (pair.unbind(1) for pair in pairs.split(batch_size))
-    return torch.cat([score(remove(i, select_removed(i, s)), i) for i, s in batches]).view(len(images), steps)
+    return _validate_scores(torch.cat([score(remove(i, select_removed(i, s)), i) for i, s in batches])).view(len(images), steps)
+
+
+def _validate_scores(scores: Tensor) -> Tensor:
+    if not scores.isfinite().all():
+        raise ValueError("score must return finite values, got NaN or infinite ones")
+    return scores
 
 
 def compute_removal_curves(
@@ -155,7 +161,7 @@ def score_dimmed_images(
     maps = validate_maps(maps, len(images), images.shape[2:]).to(images)[:, None]
     dimmed = torch.lerp(fill(images), images, maps)
     parts = torch.arange(len(images), device=images.device).split(choose_batch_size(images, batch_size))
-    before, after = (torch.cat([score(each[index], index) for index in parts]) for each in (images, dimmed))
+    before, after = (_validate_scores(torch.cat([score(each[index], index) for index in parts])) for each in (images, dimmed))
     return before, after
 
 

@@ -71,6 +71,8 @@ def compute_max_sensitivity(
         maps = run_explainer(explainer, images[index], targets).flatten(1)
         noisy = (run_explainer(explainer, (images[index] + noise).clamp(0, 255), targets).flatten(1) for noise in noises)
         change = torch.stack([(each - maps).norm(dim=1) for each in noisy]).amax(0)
+        if not change.isfinite().all():
+            raise ValueError("maps must be finite, got NaN or infinite values for the images or for noisy ones")
         worst.append(torch.where(change > 0, change / maps.norm(dim=1), 0))
     ratio = torch.cat(worst)
     return ratio.where(ratio.isfinite(), torch.nan)

@@ -170,8 +170,8 @@ def read_layout(
 ) -> Layout:
     """Return the layout of a layer's output; see ``Layout.infer``.
 
-    Where both readings fit, the layer runs on a blank image with a spot, for two places of the spot: the centre of its response
-    moves along a spatial axis and stays along the channels.
+    Where both readings fit, the layer runs on a blank image with a spot in several places: the centre of its response moves along
+    the spatial axes and stays along the channels.
 
     run: function from inputs (n, ...) to the layer's output. layout: overrules everything else.
     """
@@ -210,20 +210,31 @@ def is_channels_first(module: nn.Module, output: Tensor) -> bool | None:
 def _is_first_axis_channels(run: Callable[[Tensor], Tensor], inputs: Tensor) -> bool:
     """Return whether axis 1 of the layer's output, and not the last one, holds the channels.
 
-    Compares the responses to a spot at a quarter and at three quarters of each side of a blank image.
+    Moves a spot on a blank image along each side: the centre of the response must move along the axis that belongs to that side.
+    Raises ValueError if that decides nothing.
     """
-    images = inputs.mean(tuple(range(2, inputs.ndim)), keepdim=True).expand_as(inputs).repeat(3, *[1] * (inputs.ndim - 1))
-    for spot, quarter in ((images[1], 1), (images[2], 3)):
-        ends = [(quarter * size // 4, size // 8) for size in inputs.shape[2:]]
+    sizes = inputs.shape[2:]
+    blank = inputs.mean(tuple(range(2, inputs.ndim)), keepdim=True).expand_as(inputs)
+    images = blank.repeat(1 + 2 * len(sizes), *[1] * (inputs.ndim - 1))
+    for index in range(2 * len(sizes)):
+        quarters = [2] * len(sizes)  # the spot is in the middle of the other sides
+        quarters[index // 2] = 1 + 2 * (index % 2)
+        ends = [(quarter * size // 4, size // 8) for quarter, size in zip(quarters, sizes, strict=True)]
         place = (slice(None), *(slice(max(0, middle - half), middle + half + 1) for middle, half in ends))
-        spot[place] += (inputs.amax() - inputs.amin()).clamp_min(1)
+        images[1 + index][place] += (inputs.amax() - inputs.amin()).clamp_min(1)
     outputs = run(images).detach().float()
-    responses = (outputs[1:] - outputs[:1]).abs()
+    responses = (outputs[1:] - outputs[:1]).square()
 
-    def measure_shift(axis: int) -> float:
-        """Return how far the centre of the response moves along an axis, as a share of its length."""
-        profiles = responses.movedim(axis, 1).flatten(2).sum(2)
-        centres = (profiles * torch.linspace(0, 1, profiles.shape[1], device=profiles.device)).sum(1) / profiles.sum(1)
-        return abs(float(centres[1] - centres[0]))
+    def measure_shift(side: int, axis: int) -> float:
+        """Return how far the response moves along an axis when the spot moves along a side, as a share of the axis."""
+        profiles = responses[2 * side : 2 * side + 2].movedim(axis, 1).flatten(2).sum(2)
+        places = torch.linspace(0, 1, profiles.shape[1], device=profiles.device)
+        centres = (profiles * places).sum(1) / profiles.sum(1).clamp_min(1e-30)
+        return float(centres[1] - centres[0])
 
-    return measure_shift(1) < measure_shift(-1)
+    sides = range(len(sizes)) if outputs.ndim == len(sizes) + 2 else range(1)  # tokens follow the rows of the image
+    first, last = (sum(measure_shift(side, side + offset) for side in sides) for offset in (2, 1))
+    if max(first, last) < max(0.02, 2 * min(first, last)):
+        shape = tuple(outputs.shape[1:])
+        raise ValueError(f"the layer returns {shape}, which may have the channels first or last; pass layout='BCHW' or 'BHWC'")
+    return first > last

@@ -19,6 +19,9 @@ from scanlib.metrics import (
     randomise_parameters,
 )
 from scanlib.metrics.compare import METRICS, compare
+from scanlib.metrics.removal import score_dimmed_images
+from scanlib.metrics.road import compute_road
+from scanlib.metrics.stability import compute_infidelity
 
 
 @pytest.fixture
@@ -163,7 +166,7 @@ def test_compare_raises_for_wrong_arguments(scene):
         ({"target": lambda output: output[0]}, "target must be a class or one per image, got a callable"),
         ({"masks": masks[:4]}, r"masks must have shape \(5, 32, 32\) for these images, got \(4, 32, 32\)"),
         ({"masks": masks & False}, r"masks must not be empty, got no pixel in masks \[0, 1, 2, 3, 4\] of 5"),
-        ({"patch": 33}, "patch must be from 1 to 32 pixels .*, got 33"),
+        ({"patch": 33}, "patch must be an integer from 1 to 32, got 33"),
         ({"explainers": {"broken": lambda x, target: x[:, 0] / 0 * 0}}, "broken: maps must be finite, got NaN"),
         ({"explainers": {"raw": lambda x, target: x[:, 0]}}, "raw: maps must be in .*, got .* to .*"),
     ):
@@ -172,10 +175,14 @@ def test_compare_raises_for_wrong_arguments(scene):
     for arguments, message in (
         ({"images": images[0]}, r"images must be a tensor \(N, 3, H, W\) with N >= 1, got \(3, 32, 32\)"),
         ({"images": images.numpy()}, "images must be a tensor .*, got ndarray"),
-        ({"images": images[..., 0]}, "signals and volumes can be explained, not compared"),
+        ({"images": images[..., 0]}, "signals and volumes cannot be compared"),
         ({"explainers": [GradCAM(model)]}, "explainers must be a dictionary such as"),
         ({"explainers": {"Grad-CAM": GradCAM}}, "explainers must be a dictionary such as"),
-        ({"steps": 0}, "steps must be an integer of 1 or more, got 0"),
+        ({"steps": True}, "steps must be an integer from 1 to 10000, got True"),
+        ({"batch_size": 1.5}, "batch_size must be an integer from 1 to inf, got 1.5"),
+        ({"percentiles": []}, r"percentiles must be a list of numbers in \[0, 100\], got \[\]"),
+        ({"percentiles": ["a"]}, "percentile must be a number in"),
+        ({"steps": 0}, "steps must be an integer from 1 to 10000, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             compare(**{"model": model, "images": images, "explainers": explainers, "progress": False} | arguments)
@@ -233,3 +240,25 @@ def test_images_of_any_number_of_channels(channels):
     images, masks = 255 * torch.rand(3, channels, 24, 40), torch.rand(3, 24, 40) > 0.7
     table = compare(model, images, {"Grad-CAM": GradCAM(model, "0")}, list(METRICS), masks=masks, progress=False)
     assert all(value.isfinite().all() for value in table.values["Grad-CAM"].values())
+
+
+def test_nan_of_a_metric_names_the_explainer(scene):
+    model, images, _ = scene
+    calls = iter(range(99))
+    breaks = lambda images, target: torch.full((len(images), 32, 32), 0.5 if next(calls) < 2 else math.nan)  # noqa: E731
+    with pytest.raises(ValueError, match="breaks: maps must be finite"):
+        compare(model, images, {"breaks": breaks}, ["sensitivity"], progress=False)
+
+
+@pytest.mark.parametrize("measure", [compute_removal_curves, score_dimmed_images, compute_infidelity, compute_road])
+def test_nan_scores_raise(measure):
+    with pytest.raises(ValueError, match="score must return finite"):
+        measure(lambda images, index: torch.full((len(images),), math.nan), torch.rand(2, 3, 8, 8), torch.rand(2, 8, 8))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_maps_of_nan_have_no_sensitivity(first):
+    calls = iter(range(99))
+    explain = lambda images, target: torch.full((len(images), 8, 8), 0.5 if next(calls) < first else math.nan)  # noqa: E731
+    with pytest.raises(ValueError, match="maps must be finite"):
+        compute_max_sensitivity(explain, torch.rand(2, 3, 8, 8), [0, 1])
