@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scanlib.layers import Layout, make_eval_copy, resolve_layer, run_copy
+from scanlib.structure.inputs import KeepModes, leave_inference_mode
 from scanlib.structure.layout import read_layout
 from scanlib.targets import Target, compute_scores
 
@@ -123,7 +124,7 @@ class FeatureTaps:
             name = type(self).__name__
             raise RuntimeError(f"{name} is not active; use it as `with {name}(model, layer) as tap: tap(inputs)`")
         self._captured, self._layouts = {}, None
-        with torch.inference_mode(False), torch.set_grad_enabled(self.record == "all"):
+        with KeepModes(), leave_inference_mode(), torch.set_grad_enabled(self.record == "all"):
             copy = make_eval_copy(self.model)
             for index, name in enumerate(self.names):
                 copy.get_submodule(name).register_forward_hook(partial(self._capture, self._captured, index))
@@ -190,7 +191,7 @@ class FeatureTaps:
 
     def _compute_gradients(self, tensors: Sequence[Tensor], target: Target) -> list[Tensor | None]:
         """Differentiate the score by any tensors of the run; None where it does not depend on one."""
-        with torch.inference_mode(False), torch.enable_grad():
+        with leave_inference_mode(), torch.enable_grad():
             score = compute_scores(self.logits, target).sum()  # in eval mode images are independent: one backward for all
             wanted = [tensor for tensor in tensors if tensor.requires_grad and score.requires_grad]
             if not wanted:

@@ -1,4 +1,4 @@
-"""No fault is swallowed: every handler that catches everything raises again or tells the user, and the torture table has no loss."""
+"""No fault is swallowed: a handler for everything raises again or tells the user, and the table of faults has no loss."""
 
 import ast
 import re
@@ -22,9 +22,9 @@ def find_swallows(tree):
             uses = node.name is not None and any(node.name in names_in(statement) for statement in node.body)
             if not raises and not uses:
                 yield node.lineno
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "suppress":
-            if any(names_in(argument) & BROAD for argument in node.args):
-                yield node.lineno
+        is_suppress = isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "suppress"
+        if is_suppress and any(names_in(argument) & BROAD for argument in node.args):
+            yield node.lineno
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scanlib").rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix())

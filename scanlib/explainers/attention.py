@@ -29,6 +29,7 @@ from scanlib.layers import Layout, get_logits, make_eval_copy, resolve_layer, ru
 from scanlib.structure.eval_copy import WRAPPED, Passthrough, rebind_function
 from scanlib.structure.layout import USUAL_PREFIX_TOKENS
 from scanlib.targets import Target, compute_scores
+from scanlib.training.interrupts import delay_interrupts
 
 
 def attention_rollout(weights: Sequence[Tensor]) -> Tensor:
@@ -73,6 +74,16 @@ class AttentionWeights(TorchFunctionMode):
         self.weights: list[Tensor] = []
         self.missed = 0
         self.lengths: set[int] = set()
+        self._depth = 0  # of torch's stack of modes, outside the ``with``
+
+    def __enter__(self):
+        self._depth = torch._C._len_torch_function_stack()
+        return super().__enter__()
+
+    def __exit__(self, *exception) -> None:
+        """Leave torch's stack of modes as it was. An exception inside torch's own handling may have popped this mode already."""
+        while torch._C._len_torch_function_stack() > self._depth:
+            torch._C._pop_torch_function_stack()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -234,7 +245,7 @@ class _AttentionExplainer(Explainer):
             block = copy.get_submodule(name)
             block.register_forward_pre_hook(start)
             block.register_forward_hook(stop)
-        with recorder:
+        with delay_interrupts(), recorder:
             logits = run_copy(copy, inputs, self.output)
         weights = recorder.validate(inputs, self._message)
         counts = [last - first for first, last in spans] + [0] * (len(self.blocks) - len(spans))  # 0: it did not run
@@ -316,7 +327,7 @@ class RelevanceTap(FeatureTap):
 
     def __call__(self, inputs: Tensor) -> Tensor:
         self._weights = []
-        with AttentionWeights() as recorder:
+        with delay_interrupts(), AttentionWeights() as recorder:
             logits = FeatureTaps.__call__(self, inputs)
         self.layout = self.layouts[0]  # outside the recorder: it may run the model
         self._weights = recorder.validate(inputs, self._message)

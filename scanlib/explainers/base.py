@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scanlib.hooks import FeatureTaps, check_finite
 from scanlib.layers import Layout, compute_logits, find_default_layer
-from scanlib.structure.inputs import prepare_inputs as prepare_inputs, return_unchanged
+from scanlib.structure.inputs import KeepModes, leave_inference_mode, prepare_inputs as prepare_inputs, return_unchanged
 from scanlib.targets import Target
 
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}  # by the number of spatial axes
@@ -84,7 +84,7 @@ class Explainer:
         batch = self._validate_images(images)
         if not len(batch):
             return torch.zeros(0, *batch.shape[2:], device=images.device)
-        with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable):
+        with KeepModes(), leave_inference_mode(), torch.set_grad_enabled(self.differentiable):
             maps = compute(self._prepare(batch))
             if len(maps) != len(batch):
                 raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scanlib.explainers.base import Explainer, at_least_float32, full_precision, resize_map
 from scanlib.explainers.replay import Replay
+from scanlib.structure.inputs import KeepModes, leave_inference_mode
 
 
 def nmf(V: Tensor, concepts: int, iterations: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ class DeepFeatureFactorization(Explainer):
         batch = self._validate_images(images)
         if not len(batch):
             raise ValueError("images must hold at least one image to factorize, got 0")
-        with torch.inference_mode(False), torch.no_grad():
+        with KeepModes(), leave_inference_mode(), torch.no_grad():
             inputs = self._prepare(batch)
             layer = self._find_default_layer(inputs) if self.target_layer is None else self.target_layer
             with self._open_taps([layer], record=None) as taps:

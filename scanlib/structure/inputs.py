@@ -48,8 +48,39 @@ def call_model(model: nn.Module, inputs: Tensor) -> Any:
     try:
         return model(inputs)
     except (RuntimeError, AssertionError) as error:  # vision transformers assert their size
-        what = "size" if isinstance(error, AssertionError) else "number of channels"
-        if what != "size" and "channels" not in str(error):
+        text = str(error)
+        if isinstance(error, AssertionError) or "Kernel size" in text or "Output size is too small" in text:
+            what = "size"
+        elif "channels" in text:
+            what = "number of channels"
+        else:
             raise
         reason = (str(error).splitlines() or ["an assertion failed"])[0]
         raise ValueError(f"images must have the {what} that the model takes, got {tuple(inputs.shape)}: {reason}") from error
+
+
+def leave_inference_mode() -> contextlib.AbstractContextManager:
+    """Switch inference mode off inside ``with``, if it is on: its tensors cannot take part in a graph."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
+class KeepModes:
+    """Inside ``with``, autograd's and attention's global modes may change; they are as before afterwards.
+
+    torch's own contexts restore them too, unless Ctrl-C falls into the moment in which they do. It cannot fall into both.
+    """
+
+    def __enter__(self) -> None:
+        self.is_recording = torch.is_grad_enabled()
+        cuda = torch.backends.cuda
+        self.kernels = [
+            (cuda.enable_flash_sdp, cuda.flash_sdp_enabled()),
+            (cuda.enable_mem_efficient_sdp, cuda.mem_efficient_sdp_enabled()),
+            (cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled()),
+            (cuda.enable_math_sdp, cuda.math_sdp_enabled()),
+        ]
+
+    def __exit__(self, *exception) -> None:
+        torch._C._set_grad_enabled(self.is_recording)
+        for enable, was_enabled in self.kernels:
+            enable(was_enabled)

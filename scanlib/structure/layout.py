@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 USUAL_PREFIX_TOKENS, MAX_PREFIX_TOKENS = 5, 16  # class, distillation and register tokens before the patch tokens
+USUAL_PATCHES = (4, 8, 14, 16, 32)  # pixels per side
 ROUNDING = 2  # cells by which padding and rounding may change a grid
 CHANNELS_FIRST = (
     *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, torchvision.ops.FrozenBatchNorm2d, nn.GroupNorm),
@@ -149,7 +150,9 @@ def _read_tokens(count: int, channels: int, image_size: Sequence[int], max_prefi
         for h, w in {(image_size[0] // patch, image_size[1] // patch), tuple(-(-size // patch) for size in image_size)}:
             prefix, has_border = count - h * w, any(size % patch for size in image_size)
             is_cropped = h * patch <= image_size[0] and w * patch <= image_size[1]
-            if h * w > 1 and 0 <= prefix <= (max_prefix if is_cropped else 0):  # padded: no prefix tokens
+            # a model may resize a wide image to a square one: believe an incomplete patch only if it has a usual size
+            is_usual = not has_border or len(set(image_size)) == 1 or patch in USUAL_PATCHES
+            if h * w > 1 and is_usual and 0 <= prefix <= (max_prefix if is_cropped else 0):  # padded: no prefix tokens
                 candidates.append((prefix > USUAL_PREFIX_TOKENS, has_border, not is_cropped, prefix, (h, w)))
     if not candidates:
         return None
