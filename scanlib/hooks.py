@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scanlib.layers import Layout, make_eval_copy, resolve_layer, run_copy
+from scanlib.layers import Layout, make_eval_copy, resolve_layer
 from scanlib.structure.inputs import KeepModes, leave_inference_mode
 from scanlib.structure.layout import read_layout
+from scanlib.structure.outputs import run_copy
 from scanlib.targets import Target, compute_scores
 
 

@@ -25,9 +25,10 @@ from torch.overrides import TorchFunctionMode
 
 from scanlib.explainers.base import Explainer, at_least_float32, full_precision
 from scanlib.hooks import FeatureTap, FeatureTaps, check_finite, differentiate
-from scanlib.layers import Layout, get_logits, make_eval_copy, resolve_layer, run_copy
+from scanlib.layers import Layout, get_logits, make_eval_copy, resolve_layer
 from scanlib.structure.eval_copy import WRAPPED, Passthrough, rebind_function
 from scanlib.structure.layout import USUAL_PREFIX_TOKENS
+from scanlib.structure.outputs import run_copy
 from scanlib.targets import Target, compute_scores
 from scanlib.training.interrupts import delay_interrupts
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from scanlib.explainers.base import Explainer, at_least_float32, full_precision, resize_map
 from scanlib.hooks import check_finite, differentiate
-from scanlib.layers import Layout, make_eval_copy, run_copy
+from scanlib.layers import Layout, make_eval_copy
+from scanlib.structure.outputs import run_copy
 from scanlib.targets import compute_scores
 
 NORMS = (nn.modules.batchnorm._BatchNorm, torchvision.ops.FrozenBatchNorm2d)  # with running statistics
@@ -107,11 +108,11 @@ class FullGrad(Explainer):
                 return
             gradient, bias = at_least_float32(gradient), at_least_float32(bias)
             with full_precision(gradient):
-                signed.add_(
-                    (gradient.movedim(axis, -1).reshape(len(gradient), -1, len(bias)) * bias).sum((1, 2)).to(signed.dtype)
-                )
+                places = [dim for dim in range(1, gradient.ndim) if dim != axis % gradient.ndim]
+                signed.add_(((gradient.sum(places) if places else gradient) @ bias).to(signed.dtype))
                 if layout is not None:
-                    term = torch.einsum("nc...,c->n...", layout.to_maps(gradient).abs(), bias.abs())
+                    maps = layout.to_maps(gradient).abs()
+                    term = (bias.abs()[None, None] @ maps.flatten(2)).reshape(len(maps), *layout.grid)
                     totals[layout.grid] = totals.get(layout.grid, 0) + term
 
         def watch(name: str, module: nn.Module, _, output: Any) -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from scanlib.hooks import FeatureTaps, check_finite
-from scanlib.layers import Layout, make_eval_copy, resolve_layer, run_copy_once
+from scanlib.layers import Layout, make_eval_copy, resolve_layer
+from scanlib.structure.outputs import run_copy_once
 
 
 class Replay:

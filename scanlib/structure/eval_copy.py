@@ -21,6 +21,7 @@ WRAPPED = {
 }  # the last: torch.compile
 CHECKPOINTING_FLAGS = ("grad_checkpointing", "gradient_checkpointing")  # timm, Hugging Face
 _PLAIN = {bool, int, float, str, type(None), Tensor, nn.Parameter}
+_OF_EVERY_MODULE = set(vars(nn.Module()))
 _MAX_ENTRIES = 1000  # of a list or dictionary that is searched for modules
 
 
@@ -42,11 +43,16 @@ def make_eval_copy(model: nn.Module) -> nn.Module:
     Weights made in inference mode are copied, because autograd refuses them. Raises ValueError for TorchScript.
     """
     copies: dict[nn.Module, nn.Module] = {}
-    for module in model.modules():
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module in copies:
+            continue
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError("the model is TorchScript, whose layers cannot be read; pass the Python model that it was made from")
         wrapped = WRAPPED.get(type(module).__name__)
         copies[module] = object.__new__(type(module)) if wrapped is None else Passthrough(wrapped)
+        waiting += [child for child in module._modules.values() if child is not None]
     for module, copy in copies.items():
         if not isinstance(copy, Passthrough):
             _copy_attributes(module, copy, copies)
@@ -63,19 +69,20 @@ def rebind_function(function: Any, model: nn.Module, copy: nn.Module) -> Any:
 
 def _copy_attributes(module: nn.Module, copy: nn.Module, copies: dict[nn.Module, nn.Module]) -> None:
     attributes = vars(copy)
-    for name, value in vars(module).items():
-        if type(value) in _PLAIN:
-            value = False if name in CHECKPOINTING_FLAGS else value
-        elif name in ("_forward_hooks", "_forward_pre_hooks"):
-            value = OrderedDict((key, _replace_modules(hook, copies)) for key, hook in value.items())
-        elif name == "_modules":
-            value = {key: child if child is None else copies[child] for key, child in value.items()}
-        elif name in ("_parameters", "_buffers"):
-            is_inference = any(tensor is not None and tensor.is_inference() for tensor in value.values())
-            value = {key: _leave_inference_mode(tensor) for key, tensor in value.items()} if is_inference else value
-        else:
-            value = None if name == "_compiled_call_impl" else _replace_modules(value, copies)
-        attributes[name] = value
+    attributes.update(vars(module))
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        attributes[name] = OrderedDict((key, _replace_modules(hook, copies)) for key, hook in attributes[name].items())
+    attributes["_modules"] = {key: child if child is None else copies[child] for key, child in module._modules.items()}
+    attributes["_compiled_call_impl"] = None
+    for name in ("_parameters", "_buffers"):
+        if any(tensor is not None and tensor.is_inference() for tensor in attributes[name].values()):
+            attributes[name] = {key: _leave_inference_mode(tensor) for key, tensor in attributes[name].items()}
+    for name in attributes.keys() - _OF_EVERY_MODULE:
+        value = attributes[name]
+        if name in CHECKPOINTING_FLAGS:
+            attributes[name] = False
+        elif type(value) not in _PLAIN:
+            attributes[name] = _replace_modules(value, copies)
 
 
 def _leave_inference_mode(tensor: Tensor | None) -> Tensor | None:
@@ -99,7 +106,7 @@ def _replace_modules(value: Any, copies: dict[nn.Module, nn.Module]) -> Any:
     if isinstance(value, FunctionType):
         value = getattr(value, "_torchdynamo_orig_callable", value)  # a function compiled by torch
         return _replace_in_closure(value, copies) if isinstance(value, FunctionType) else _replace_modules(value, copies)
-    if type(value) in (list, tuple) and len(value) <= _MAX_ENTRIES:
+    if type(value) in (list, tuple) and len(value) <= _MAX_ENTRIES and not all(type(entry) in _PLAIN for entry in value):
         entries = [_replace_modules(entry, copies) for entry in value]
         return value if all(new is old for new, old in zip(entries, value, strict=True)) else type(value)(entries)
     if type(value) is dict and len(value) <= _MAX_ENTRIES:

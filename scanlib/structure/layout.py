@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torchvision
@@ -71,8 +72,12 @@ class Layout:
                 closer = min(possible, key=lambda x: (_compute_distortion(x.grid, image_size), x is last))
                 possible = [closer] if locate is None else [first if locate() else last]
         elif len(shape) == 3 and len(image_size) == 2:
-            tokens = None if is_channels_first else _read_tokens(shape[1], shape[2], image_size)
-            if is_channels_first is None and locate is not None and _read_tokens(shape[2], shape[1], image_size, 0) is not None:
+            tokens = None if is_channels_first else _read_tokens(shape[1], shape[2], tuple(image_size))
+            if (
+                is_channels_first is None
+                and locate is not None
+                and _read_tokens(shape[2], shape[1], tuple(image_size), 0) is not None
+            ):
                 tokens = None if locate() else tokens
             possible = [] if tokens is None else [tokens]
         else:
@@ -97,7 +102,7 @@ class Layout:
         if layout == "BHWC" and len(shape) > 2:
             return cls("BHWC", shape[-1], tuple(shape[1:-1]))
         if layout == "BTC" and len(shape) == 3:
-            if (tokens := _read_tokens(shape[1], shape[2], image_size)) is not None:
+            if (tokens := _read_tokens(shape[1], shape[2], tuple(image_size))) is not None:
                 return tokens
             raise ValueError(
                 f"layout 'BTC' needs square patches, got {tuple(shape)}; pass Layout('BTC', channels, (h, w), prefix)"
@@ -143,7 +148,8 @@ def _compute_distortion(grid: Sequence[int], image_size: Sequence[int]) -> float
     return max(scales) - min(scales)
 
 
-def _read_tokens(count: int, channels: int, image_size: Sequence[int], max_prefix: int = MAX_PREFIX_TOKENS) -> Layout | None:
+@lru_cache(maxsize=1000)
+def _read_tokens(count: int, channels: int, image_size: tuple[int, ...], max_prefix: int = MAX_PREFIX_TOKENS) -> Layout | None:
     """Return the layout of ``count`` tokens that are square patches, or None."""
     candidates = []
     for patch in range(1, max(image_size) + 1):
@@ -181,13 +187,14 @@ def read_layout(
     image_size = tuple(inputs.shape[2:])
     if layout is not None:
         return Layout.parse(layout, features.shape, image_size)
-    module = model.get_submodule(name)
-    if features.ndim == 3 and len(image_size) == 2 and any(type(each).__name__ in REORDERING for each in model.modules()):
+    module, known = model.get_submodule(name), _located.setdefault(model, {})
+    if features.ndim == 3 and len(image_size) == 2 and "reorders" not in known:
+        known["reorders"] = any(type(each).__name__ in REORDERING for each in model.modules())
+    if features.ndim == 3 and len(image_size) == 2 and known["reorders"]:
         raise ValueError(f"layer {name!r} holds its tokens in another order than the image; pass layout or use a CNN's layer")
     key = (name, tuple(features.shape[1:]), image_size)
 
     def locate() -> bool:
-        known = _located.setdefault(model, {})
         if key not in known:
             known[key] = _is_first_axis_channels(run, inputs[:1])
         return known[key]
