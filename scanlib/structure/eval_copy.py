@@ -109,8 +109,8 @@ def _replace_modules(value: Any, copies: dict[nn.Module, nn.Module]) -> Any:
     if type(value) in (list, tuple) and len(value) <= _MAX_ENTRIES and not all(type(entry) in _PLAIN for entry in value):
         entries = [_replace_modules(entry, copies) for entry in value]
         return value if all(new is old for new, old in zip(entries, value, strict=True)) else type(value)(entries)
-    if type(value) is dict and len(value) <= _MAX_ENTRIES:
-        changed = {key: _replace_modules(entry, copies) for key, entry in value.items()}
+    if type(value) in (dict, OrderedDict) and len(value) <= _MAX_ENTRIES:
+        changed = type(value)((key, _replace_modules(entry, copies)) for key, entry in value.items())
         return value if all(changed[key] is value[key] for key in value) else changed
     return value
 

@@ -51,8 +51,8 @@ def get_logits(outputs: Any, count: int | None = None, output: str | int | None 
     chosen: Any = outputs
     if output is not None:
         try:
-            chosen = getattr(outputs, output) if isinstance(output, str) and hasattr(outputs, output) else outputs[output]
-        except (LookupError, TypeError):
+            chosen = outputs[output] if not isinstance(output, str) or isinstance(outputs, Mapping) else getattr(outputs, output)
+        except (LookupError, TypeError, AttributeError):
             raise ValueError(f"output {output!r} not found; the model returns {_describe_outputs(outputs)}") from None
     else:
         chosen = getattr(chosen, "logits", chosen)

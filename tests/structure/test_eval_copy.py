@@ -1,4 +1,5 @@
 import copy
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -17,7 +18,7 @@ class References(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Dropout(0.5)
-        self.listed, self.keyed = [self.a, [self.b]], {"drop": (self.c,)}
+        self.listed, self.keyed = [self.a, [self.b]], OrderedDict(drop=(self.c,))
         self.method, self.bound = self.b.forward, partial(self.c.forward)
         self.closure = lambda x: self.b(x)
 
