@@ -17,6 +17,7 @@ from torch import Tensor
 from scanlib.explainers.base import resize_map, scale_to_unit_range
 
 Reduction = Callable[..., Tensor]
+MAX_LOCATIONS = 56 * 56  # of KPCA-CAM
 
 
 def reduce_locations(x: Tensor, reduce: Reduction = torch.sum) -> Tensor:
@@ -133,9 +134,12 @@ def kpca_cam(A: Tensor, kernel: str = "sigmoid", gamma: float | None = None) -> 
     """KPCA-CAM (Karmani et al. 2024): the first component of kernel PCA over the locations. The same for all classes.
 
     kernel: "sigmoid", tanh(gamma x.y + 1); "rbf", exp(-gamma |x - y|^2); or "linear", which gives Eigen-CAM. gamma: None means
-    1 / C. Raises ValueError for another kernel.
+    1 / C. Raises ValueError for another kernel and above ``MAX_LOCATIONS`` locations.
     """
     x = A.flatten(2).mT
+    if x.shape[1] > MAX_LOCATIONS:
+        cost = f"its cost grows with the third power of the locations, of which there may be {MAX_LOCATIONS}"
+        raise ValueError(f"target_layer must be a later layer for KPCA-CAM: {cost}, got {x.shape[1]}")
     x = x - x.mean(1, keepdim=True)
     gamma = 1 / x.shape[2] if gamma is None else gamma
     kernels = {

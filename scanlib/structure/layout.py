@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 USUAL_PREFIX_TOKENS, MAX_PREFIX_TOKENS = 5, 16  # class, distillation and register tokens before the patch tokens
 USUAL_PATCHES = (4, 8, 14, 16, 32)  # pixels per side
+FEWEST_CHANNELS = 4  # of a layer, where the shape allows two readings
 ROUNDING = 2  # cells by which padding and rounding may change a grid
 CHANNELS_FIRST = (
     *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, torchvision.ops.FrozenBatchNorm2d, nn.GroupNorm),
@@ -68,6 +69,8 @@ class Layout:
             readings = [first, last] if is_channels_first is None else [first] if is_channels_first else [last]
             is_pooled = min(math.prod(first.grid), math.prod(readings[-1].grid)) == 1
             possible = [x for x in readings if not is_pooled and _covers_image(x.grid, image_size, slack)]
+            if len(wide := [x for x in possible if x.channels >= FEWEST_CHANNELS]) == 1:
+                possible = wide
             if len(possible) == 2:
                 closer = min(possible, key=lambda x: (_compute_distortion(x.grid, image_size), x is last))
                 possible = [closer] if locate is None else [first if locate() else last]
@@ -242,9 +245,16 @@ def _is_first_axis_channels(run: Callable[[Tensor], Tensor], inputs: Tensor) -> 
         centres = (profiles * places).sum(1) / profiles.sum(1).clamp_min(1e-30)
         return float(centres[1] - centres[0])
 
-    sides = range(len(sizes)) if outputs.ndim == len(sizes) + 2 else range(1)  # tokens follow the rows of the image
-    first, last = (sum(measure_shift(side, side + offset) for side in sides) for offset in (2, 1))
-    if max(first, last) < max(0.02, 2 * min(first, last)):
+    if outputs.ndim != len(sizes) + 2 or len(sizes) == 1:  # a sequence, of tokens in the order of the rows or of a signal
+        first, last = measure_shift(0, 2), measure_shift(0, 1)
+        is_decided = max(first, last) >= max(0.02, 2 * min(first, last))
+    else:
+        shifts = [[measure_shift(side, side + offset) for side in range(len(sizes))] for offset in (2, 1)]
+        first, last = map(sum, shifts)
+        better, offset = (shifts[0], 2) if first > last else (shifts[1], 1)
+        moved = [shift for side, shift in enumerate(better) if outputs.shape[side + offset] > 1]
+        is_decided = min(moved, default=0) >= 0.1 and max(first, last) >= 3 * min(first, last)
+    if not is_decided:
         shape = tuple(outputs.shape[1:])
         raise ValueError(f"the layer returns {shape}, which may have the channels first or last; pass layout='BCHW' or 'BHWC'")
     return first > last
