@@ -127,7 +127,8 @@ class PhotoFolder(ImageFiles):
     Args:
         root, size: the folder, and the image size in pixels.
         classes: class names of the model. A folder's label is then the index of its name in ``classes``, or -1 if the name is not
-            in ``classes``. By default, folders are numbered in sorted order, those without a readable image too.
+            in ``classes``. By default, the folders with image files are numbered in sorted order, also those whose
+            files cannot be read.
     """
 
     def __init__(self, root: str | os.PathLike, size: int = 224, classes: Sequence[str] | None = None):

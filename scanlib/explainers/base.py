@@ -54,7 +54,7 @@ class Explainer:
         return self
 
     def __exit__(self, *exception) -> None:
-        """Do nothing: hooks exist only during a call."""
+        """Do nothing: a call leaves nothing behind."""
 
     def __call__(self, images: Tensor, target: Target = None, normalize: bool = True) -> Tensor:
         """Explain a batch of images.

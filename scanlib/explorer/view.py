@@ -195,13 +195,8 @@ class MapRenderer:
     def _decode(self, view: ResolvedView, explainer: SCANExplainer) -> tuple[Tensor, np.ndarray, float]:
         """Return SCAN's map (1, H, W), its reconstruction (H, W, 3) uint8, and the share of the features that its mask keeps."""
         scanner, image = explainer.scanner, self.images[view.image : view.image + 1]
-        image_key = (
-            id(scanner),
-            id(scanner.decoder),
-            scanner.encoder.preprocess,
-            view.image,
-            view.target,
-        )  # decoders differ in how they arrange features
+        # the decoder too: decoders differ in how they arrange features
+        image_key = (id(scanner), id(scanner.decoder), scanner.encoder.preprocess, view.image, view.target)
 
         def compute() -> tuple[Tensor, np.ndarray, float]:
             features, scores = self._cached("features", *image_key, compute=lambda: scanner.extract(image, view.target))

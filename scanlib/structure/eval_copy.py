@@ -14,11 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WRAPPED = {
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-}  # the last: torch.compile
+# class of a wrapper -> name of the module inside; OptimizedModule is what torch.compile returns
+WRAPPED = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 CHECKPOINTING_FLAGS = ("grad_checkpointing", "gradient_checkpointing")  # timm, Hugging Face
 _PLAIN = {bool, int, float, str, type(None), Tensor, nn.Parameter}
 _OF_EVERY_MODULE = set(vars(nn.Module()))

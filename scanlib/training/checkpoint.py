@@ -26,7 +26,7 @@ def check_writable(path: str | os.PathLike) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            raise IsADirectoryError(f"it is a folder; give a file in it, such as {path / 'model.pt'}")
+            raise IsADirectoryError(f"it is a folder")
         probe = _name_temporary(path)
         probe.touch()
         probe.unlink()
