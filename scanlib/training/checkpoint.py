@@ -26,7 +26,7 @@ def check_writable(path: str | os.PathLike) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            raise IsADirectoryError(f"it is a folder")
+            raise IsADirectoryError("it is a folder")
         probe = _name_temporary(path)
         probe.touch()
         probe.unlink()
