@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -31,6 +33,11 @@ def test_layout_is_inferred_from_the_shape(kind, h, w, patch, prefix):
     truth = torch.randn(2, channels, h, w)
     tokens = truth.flatten(2).transpose(1, 2)
     x = {"BCHW": truth, "BHWC": truth.permute(0, 2, 3, 1), "BTC": torch.cat([torch.zeros(2, prefix, channels), tokens], 1)}[kind]
+    count = h * w + prefix
+    if kind == "BTC" and h != w and prefix > 2 and count - math.isqrt(count) ** 2 < 2:  # or a square grid, a class token
+        with pytest.raises(ValueError, match="pass layout"):
+            Layout.infer(x.shape, (h * patch, w * patch))
+        return
     layout = Layout.infer(x.shape, (h * patch, w * patch))
     torch.testing.assert_close(layout.to_maps(x), truth)
     torch.testing.assert_close(layout.to_tokens(x)[:, layout.prefix :], tokens)

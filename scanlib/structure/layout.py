@@ -54,7 +54,7 @@ class Layout:
 
         The grid must have the input's aspect ratio up to rounding. Tokens are square patches p x p on a grid (H // p, W // p)
         after the prefix tokens. If several p are possible, one with at most 5 prefix tokens is preferred, then one whose patches
-        tile the image.
+        tile the image. For other than square images a count that also fits a square grid better is refused.
 
         Args:
             is_channels_first: True or False if the type of the layer says so.
@@ -166,6 +166,8 @@ def _read_tokens(count: int, channels: int, image_size: tuple[int, ...], max_pre
     if not candidates:
         return None
     *_, prefix, grid = min(candidates)
+    if len(set(grid)) > 1 and prefix > 2 and count - math.isqrt(count) ** 2 < 2:
+        return None  # or a square grid and at most a class token: the model may resize its images to squares (CrossViT)
     return Layout("BTC", channels, grid, prefix)
 
 

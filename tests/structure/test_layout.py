@@ -225,3 +225,18 @@ def test_images_of_one_row(size):
 def test_model_without_a_spatial_layer_raises():
     with pytest.raises(ValueError, match="Sequential has no layer with a spatial extent; give target_layer by name"):
         find_default_layer(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), 4)
+
+
+@pytest.mark.parametrize(("size", "count"), [((240, 320), 196), ((240, 320), 197), ((480, 160), 196)])
+def test_tokens_of_a_model_that_resizes_to_a_square_are_refused_for_wide_images(size, count):
+    with pytest.raises(ValueError, match="pass layout"):
+        Layout.infer((1, count, 192), size, is_channels_first=False)
+    given = Layout("BTC", 192, (14, 14), count - 196)
+    assert Layout.parse(given, (1, count, 192), size) is given
+
+
+@pytest.mark.parametrize(("size", "grid"), [((224, 256), (14, 16)), ((224, 448), (14, 28)), ((320, 240), (20, 15))])
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_tokens_of_wide_images_are_still_read(size, grid, prefix):
+    layout = Layout.infer((1, grid[0] * grid[1] + prefix, 192), size, is_channels_first=False)
+    assert layout.grid == grid and layout.prefix == prefix
