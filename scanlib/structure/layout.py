@@ -54,7 +54,8 @@ class Layout:
 
         The grid must have the input's aspect ratio up to rounding. Tokens are square patches p x p on a grid (H // p, W // p)
         after the prefix tokens. If several p are possible, one with at most 5 prefix tokens is preferred, then one whose patches
-        tile the image. For other than square images a count that also fits a square grid better is refused.
+        tile the image. Some models resize a wide image to a square one. So a reading of a wide or tall image with 3 or more
+        prefix tokens is refused if the same tokens may be a square grid with at most a class token.
 
         Args:
             is_channels_first: True or False if the type of the layer says so.
@@ -108,7 +109,7 @@ class Layout:
             if (tokens := _read_tokens(shape[1], shape[2], tuple(image_size))) is not None:
                 return tokens
             raise ValueError(
-                f"layout 'BTC' needs square patches, got {tuple(shape)}; pass Layout('BTC', channels, (h, w), prefix)"
+                f"layout 'BTC' does not tell the grid of {tuple(shape)}; pass Layout('BTC', channels, (h, w), prefix)"
             )
         raise ValueError(f"layout must be 'BCHW', 'BHWC', 'BTC' or a Layout that fits the output {tuple(shape)}, got {layout!r}")
 
@@ -167,7 +168,7 @@ def _read_tokens(count: int, channels: int, image_size: tuple[int, ...], max_pre
         return None
     *_, prefix, grid = min(candidates)
     if len(set(grid)) > 1 and prefix > 2 and count - math.isqrt(count) ** 2 < 2:
-        return None  # or a square grid and at most a class token: the model may resize its images to squares (CrossViT)
+        return None  # may also be a square grid with a class token: the model may resize images to squares (CrossViT)
     return Layout("BTC", channels, grid, prefix)
 
 

@@ -231,6 +231,8 @@ def test_model_without_a_spatial_layer_raises():
 def test_tokens_of_a_model_that_resizes_to_a_square_are_refused_for_wide_images(size, count):
     with pytest.raises(ValueError, match="pass layout"):
         Layout.infer((1, count, 192), size, is_channels_first=False)
+    with pytest.raises(ValueError, match=r"does not tell the grid of .*; pass Layout\('BTC'"):
+        Layout.parse("BTC", (1, count, 192), size)
     given = Layout("BTC", 192, (14, 14), count - 196)
     assert Layout.parse(given, (1, count, 192), size) is given
 
