@@ -1,6 +1,6 @@
 """Is every layer's layout read correctly? Families of torchvision and timm x image sizes, against a moved bright spot.
 
-python benchmarks/layouts.py [--families 20] [--sizes 60]      # prints a line per family, and every wrong reading
+python benchmarks/layouts.py [--families 20] [--sizes 60] [--workers 2]     # a line per family, and every wrong reading
 
 The truth is measured without the package's own inference. A 4-d output of a model that takes any size shows its axes: one grows
 with the image's height, another with its width. Otherwise the response to a spot must lie where the spot is, for two places of
@@ -8,9 +8,10 @@ the spot. A refusal is an answer too; a wrong reading is not, and ends the run w
 """
 
 import argparse
+import multiprocessing
 import sys
 import warnings
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 
 import torch
@@ -73,8 +74,8 @@ def find_growing_axes(model: nn.Module, layers: list[str]) -> dict[str, tuple[in
     handles = [model.get_submodule(layer).register_forward_hook(partial(record, layer)) for layer in layers]
     try:
         for size in ((192, 192), (256, 192), (192, 256)):
-            model(torch.zeros(1, 3, *size))
-    except (RuntimeError, AssertionError, ValueError):  # other sizes are refused
+            model(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
+    except (RuntimeError, AssertionError, ValueError, TypeError):  # other sizes are refused
         return {}
     finally:
         for handle in handles:
@@ -88,75 +89,112 @@ def find_growing_axes(model: nn.Module, layers: list[str]) -> dict[str, tuple[in
 
 
 @torch.no_grad()
-def check_layer(model: nn.Module, layer: str, size: tuple[int, int], axes: tuple[int, int] | None) -> str:
-    """Return "right", "refused", or what is wrong with a layer's layout."""
+def check_layers(model: nn.Module, layers: list[str], size: tuple[int, int], axes: dict[str, tuple[int, int]]) -> dict[str, str]:
+    """Return, for each layer, "right", "refused", "no run", "unclear", or what is wrong with its layout. One forward pass."""
     height, width = size
-    images = torch.zeros(3 if axes is None else 1, 3, height, width)
-    for image, (y, x) in zip(images[1:], SPOTS, strict=False):
+    images = torch.zeros(3, 3, height, width, device=next(model.parameters()).device)
+    for image, (y, x) in zip(images[1:], SPOTS, strict=True):
         top, left = int(y * height), int(x * width)
         image[:, max(0, top - height // 12) : top + height // 12 + 1, max(0, left - width // 12) : left + width // 12 + 1] = 3
+    outputs: dict[str, Tensor] = {}
+
+    def record(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        tensor = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(tensor, Tensor):
+            outputs[name] = tensor.clone()
+
+    handles = [model.get_submodule(layer).register_forward_hook(partial(record, layer)) for layer in layers]
     try:
-        with FeatureTap(model, layer) as tap:
-            tap(images)
-            layout, features = tap.layout, tap.layout.to_maps(tap.features).float()
-    except (ValueError, TypeError):
+        model(images)
+    except (RuntimeError, AssertionError, ValueError, TypeError):
+        return dict.fromkeys(layers, "no run")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: check_reading(model, layer, outputs[layer], images, axes.get(layer)) for layer in layers if layer in outputs}
+
+
+def check_reading(model: nn.Module, layer: str, output: Tensor, images: Tensor, axes: tuple[int, int] | None) -> str:
+    """Compare the package's reading of a layer's output for the blank image and two spots with where the response lies."""
+    try:
+        with FeatureTap(model, layer, record=None) as tap, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            layout = tap.read_layout_of(layer, output, images)
+    except (ValueError, TypeError, RuntimeError):
         return "refused"
-    except RuntimeError as error:
-        return "refused" if "did not run" in str(error) else "no run"
     if axes is not None:
         return "right" if axes == ((2, 3) if layout.kind == "BCHW" else (1, 2)) else f"wrong axes: {layout}, grows along {axes}"
-    responses = [(features[index] - features[0]).square().sum(0) for index in (1, 2)]
+    features = layout.to_maps(output).float()
+    responses = [(features[index] - features[0]).square().sum(0).cpu() for index in (1, 2)]
     if not all(bool(response.any()) for response in responses):
         return "right"  # dead
-    wrong = find_wrong_axis(responses, SPOTS)
-    if wrong and features.ndim == 4 and layout.kind != "BTC":
+    if any("do not follow" in str(each.message) for each in caught):
+        return "warned"
+    if not (wrong := find_wrong_axis(responses, SPOTS)):
+        return "right"
+    profiles = [features[index].sub(features[0]).square().sum(0) for index in (1, 2)]
+    is_spread = all(float(profile.amin()) > 0.2 * float(profile.amax()) for profile in profiles)
+    if layout.kind != "BTC" or is_spread:
         return "unclear"  # attention over the whole image spreads the response, and the shape allows one reading only
-    return f"wrong along {wrong}: {layout}" if wrong else "right"
+    return f"wrong along {wrong}: {layout}"
 
 
-def build_models(count: int | None) -> Iterator[tuple[str, nn.Module]]:
-    """Build a randomly initialised model of each family."""
-    for name in TORCHVISION[:count]:
-        options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-        yield name, torchvision.models.get_model(name, weights=None, **options).eval()
+def list_models(count: int | None) -> list[str]:
+    """Return the smallest model of each family, in parameters; models of timm begin with "timm "."""
     import timm
 
-    smallest: dict[str, str] = {}
-    for name in timm.list_models():
+    smallest: dict[str, tuple[int, str]] = {}
+    for name in tqdm(timm.list_models(), desc="families"):
+        with torch.device("meta"):
+            size = sum(weight.numel() for weight in timm.create_model(name).parameters())
         family = timm.models._registry._model_to_module[name]
-        if family not in smallest or len(name) < len(smallest[family]) or any(s in name for s in ("tiny", "atto", "nano", "xxs")):
-            smallest.setdefault(family, name)
-            if any(size in name for size in ("tiny", "atto", "nano", "xxs", "pico", "small", "18", "b0")):
-                smallest[family] = name
-    for name in list(smallest.values())[:count]:
-        yield f"timm {name}", timm.create_model(name, pretrained=False).eval()
+        smallest[family] = min(smallest.get(family, (size, name)), (size, name))
+    return TORCHVISION[:count] + [f"timm {name}" for _, name in list(smallest.values())[:count]]
+
+
+def check_model(name: str, sizes: list[tuple[int, int]]) -> tuple[str, int]:
+    """Check a randomly initialised model. Returns a report, and the number of wrong readings."""
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    if name.startswith("timm "):
+        import timm
+
+        model = timm.create_model(name.removeprefix("timm "), pretrained=False).eval()
+    else:
+        options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        model = torchvision.models.get_model(name, weights=None, **options).eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        layers = list_layers(model)
+    except ValueError as error:
+        return f"{name}: refused: {error}", 0
+    axes, counts, lines = find_growing_axes(model, layers), dict[str, int](), []
+    for size in sizes:
+        for layer, found in check_layers(model, layers, size, axes).items():
+            kind = found.split(":")[0]
+            counts[kind] = counts.get(kind, 0) + 1
+            if found.startswith("wrong"):
+                lines.append(f"  {name} {layer} at {size}: {found}")
+    summary = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    return "\n".join([f"{name}: {len(layers)} layers, {len(sizes)} sizes: {summary}", *lines]), len(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", type=int, help="number of families of each library")
     parser.add_argument("--sizes", type=int, default=len(SIZES))
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--models", nargs="+", help="names of models, instead of the smallest of each family")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.manual_seed(0)
-    lost = 0
-    for name, model in tqdm(build_models(options.families)):
-        counts: dict[str, int] = {}
-        try:
-            layers = list_layers(model)
-        except ValueError as error:
-            tqdm.write(f"{name}: refused: {error}")
-            continue
-        axes = find_growing_axes(model, layers)
-        for size in SIZES[: options.sizes]:
-            for layer in layers:
-                found = check_layer(model, layer, size, axes.get(layer))
-                kind = found.split(":")[0]
-                counts[kind] = counts.get(kind, 0) + 1
-                if found.startswith("wrong"):
-                    lost += 1
-                    tqdm.write(f"  {name} {layer} at {size}: {found}")
-        tqdm.write(f"{name}: {', '.join(f'{count} {kind}' for kind, count in sorted(counts.items()))}")
+    names, lost = options.models or list_models(options.families), 0
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, context, torch.set_num_threads, (1,)) as pool:
+        runs = [pool.submit(check_model, name, SIZES[: options.sizes]) for name in names]
+        for run in tqdm(as_completed(runs), total=len(runs), desc="models"):
+            report, wrong = run.result()
+            lost += wrong
+            tqdm.write(report, sys.stdout)
+            sys.stdout.flush()
     sys.exit(f"{lost} wrong readings" if lost else 0)
 
 

@@ -5,7 +5,9 @@ layout = read_layout(model, "layer4", features, inputs)         # also from the 
 maps = layout.to_maps(features)                                 # any layout -> (B, C, h, w)
 """
 
+import contextlib
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 USUAL_PREFIX_TOKENS, MAX_PREFIX_TOKENS = 5, 16  # class, distillation and register tokens before the patch tokens
 USUAL_PATCHES = (4, 8, 14, 16, 32)  # pixels per side
 FEWEST_CHANNELS = 4  # of a layer, where the shape allows two readings
+LEAST_SHIFT = 0.02  # of the response to a moved spot, as a share of the axis
 ROUNDING = 2  # cells by which padding and rounding may change a grid
 CHANNELS_FIRST = (
     *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, torchvision.ops.FrozenBatchNorm2d, nn.GroupNorm),
@@ -186,7 +189,8 @@ def read_layout(
     """Return the layout of a layer's output; see ``Layout.infer``.
 
     Where both readings fit, the layer runs on a blank image with a spot in several places: the centre of its response moves along
-    the spatial axes and stays along the channels.
+    the spatial axes and stays along the channels. Tokens are checked the same way: tokens whose response does not follow the spot
+    may be no patches, which gives a warning.
 
     run: function from inputs (n, ...) to the layer's output. layout: overrules everything else.
     """
@@ -206,9 +210,19 @@ def read_layout(
         return known[key]
 
     try:
-        return Layout.infer(features.shape, image_size, is_channels_first(module, features), locate)
+        found = Layout.infer(features.shape, image_size, is_channels_first(module, features), locate)
     except ValueError as error:
         raise ValueError(str(error).replace("target_layer", f"layer {name!r}", 1)) from None
+    if found.kind == "BTC" and ("follows", key) not in known:
+        known["follows", key] = True
+        with contextlib.suppress(ValueError):  # a model may refuse a blank image
+            if not _follows_spot(run, inputs[:1], found):
+                warnings.warn(
+                    f"the {len(features[0])} tokens of layer {name!r} do not follow a spot in the image: they may be no "
+                    "patches, or each may see the whole image; a map of this layer may mean nothing",
+                    stacklevel=2,
+                )
+    return found
 
 
 def is_channels_first(module: nn.Module, output: Tensor) -> bool | None:
@@ -223,12 +237,8 @@ def is_channels_first(module: nn.Module, output: Tensor) -> bool | None:
     return False if isinstance(module, CHANNELS_LAST) else None
 
 
-def _is_first_axis_channels(run: Callable[[Tensor], Tensor], inputs: Tensor) -> bool:
-    """Return whether axis 1 of the layer's output, and not the last one, holds the channels.
-
-    Moves a spot on a blank image along each side: the centre of the response must move along the axis that belongs to that side.
-    Raises ValueError if that decides nothing.
-    """
+def _draw_spots(inputs: Tensor) -> Tensor:
+    """Return a blank image, and for each side two images whose spot is at 1/4 and at 3/4 of that side."""
     sizes = inputs.shape[2:]
     blank = inputs.mean(tuple(range(2, inputs.ndim)), keepdim=True).expand_as(inputs)
     images = blank.repeat(1 + 2 * len(sizes), *[1] * (inputs.ndim - 1))
@@ -238,21 +248,39 @@ def _is_first_axis_channels(run: Callable[[Tensor], Tensor], inputs: Tensor) -> 
         ends = [(quarter * size // 4, size // 8) for quarter, size in zip(quarters, sizes, strict=True)]
         place = (slice(None), *(slice(max(0, middle - half), middle + half + 1) for middle, half in ends))
         images[1 + index][place] += (inputs.amax() - inputs.amin()).clamp_min(1)
-    outputs = run(images).detach().float()
+    return images
+
+
+def _measure_shift(responses: Tensor, side: int, axis: int) -> float:
+    """Return how far the response moves along an axis when the spot moves along a side, as a share of the axis."""
+    profiles = responses[2 * side : 2 * side + 2].movedim(axis, 1).flatten(2).sum(2)
+    places = torch.linspace(0, 1, profiles.shape[1], device=profiles.device)
+    centres = (profiles * places).sum(1) / profiles.sum(1).clamp_min(1e-30)
+    return float(centres[1] - centres[0])
+
+
+def _follows_spot(run: Callable[[Tensor], Tensor], inputs: Tensor, layout: Layout) -> bool:
+    """Return whether the response to a spot moves with it along each side of the image."""
+    maps = layout.to_maps(run(_draw_spots(inputs)).detach().float())
+    responses = (maps[1:] - maps[:1]).square().sum(1, keepdim=True)
+    sides = [side for side in range(len(layout.grid)) if layout.grid[side] > 1]
+    return not responses.any() or all(_measure_shift(responses, side, 2 + side) >= 0.05 for side in sides)
+
+
+def _is_first_axis_channels(run: Callable[[Tensor], Tensor], inputs: Tensor) -> bool:
+    """Return whether axis 1 of the layer's output, and not the last one, holds the channels.
+
+    Moves a spot on a blank image along each side: the centre of the response must move along the axis that belongs to that side.
+    Raises ValueError if that decides nothing.
+    """
+    sizes = inputs.shape[2:]
+    outputs = run(_draw_spots(inputs)).detach().float()
     responses = (outputs[1:] - outputs[:1]).square()
-
-    def measure_shift(side: int, axis: int) -> float:
-        """Return how far the response moves along an axis when the spot moves along a side, as a share of the axis."""
-        profiles = responses[2 * side : 2 * side + 2].movedim(axis, 1).flatten(2).sum(2)
-        places = torch.linspace(0, 1, profiles.shape[1], device=profiles.device)
-        centres = (profiles * places).sum(1) / profiles.sum(1).clamp_min(1e-30)
-        return float(centres[1] - centres[0])
-
     if outputs.ndim != len(sizes) + 2 or len(sizes) == 1:  # a sequence, of tokens in the order of the rows or of a signal
-        first, last = measure_shift(0, 2), measure_shift(0, 1)
-        is_decided = max(first, last) >= max(0.02, 2 * min(first, last))
+        first, last = _measure_shift(responses, 0, 2), _measure_shift(responses, 0, 1)
+        is_decided = max(first, last) >= max(LEAST_SHIFT, 2 * min(first, last))
     else:
-        shifts = [[measure_shift(side, side + offset) for side in range(len(sizes))] for offset in (2, 1)]
+        shifts = [[_measure_shift(responses, side, side + offset) for side in range(len(sizes))] for offset in (2, 1)]
         first, last = map(sum, shifts)
         better, offset = (shifts[0], 2) if first > last else (shifts[1], 1)
         moved = [shift for side, shift in enumerate(better) if outputs.shape[side + offset] > 1]

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 import torchvision
@@ -242,3 +244,35 @@ def test_tokens_of_a_model_that_resizes_to_a_square_are_refused_for_wide_images(
 def test_tokens_of_wide_images_are_still_read(size, grid, prefix):
     layout = Layout.infer((1, grid[0] * grid[1] + prefix, 192), size, is_channels_first=False)
     assert layout.grid == grid and layout.prefix == prefix
+
+
+class States(nn.Module):
+    """Tokens that are no patches: each state attends to the whole image."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.blocks, self.states, self.head = nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 5)
+        self.queries = nn.Parameter(torch.randn(16, 8, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        tokens = self.blocks(self.patches(x).flatten(2).transpose(1, 2))
+        states = self.states((self.queries @ tokens.mT).softmax(-1) @ tokens)
+        return self.head(states.mean(1))
+
+
+def test_tokens_that_do_not_follow_the_image_give_a_warning_once():
+    torch.manual_seed(0)
+    model, images = States().eval(), torch.rand(2, 3, 16, 16)
+    with FeatureTap(model, "states") as tap:
+        with pytest.warns(UserWarning, match="16 tokens of layer 'states' do not follow"):
+            tap(images)
+        assert tap.layout.grid == (4, 4)
+    with FeatureTap(model, "states") as tap, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tap(images)
+        assert tap.layout.grid == (4, 4)  # warned before
+    with FeatureTap(model, "blocks") as tap, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tap(images)
+        assert tap.layout.grid == (4, 4)  # patches
