@@ -8,6 +8,8 @@ the spot. A refusal is an answer too; a wrong reading is not, and ends the run w
 """
 
 import argparse
+import contextlib
+import math
 import multiprocessing
 import sys
 import warnings
@@ -143,9 +145,10 @@ def list_models(count: int | None) -> list[str]:
     """Return the smallest model of each family, in parameters; models of timm begin with "timm "."""
     import timm
 
-    smallest: dict[str, tuple[int, str]] = {}
+    smallest: dict[str, tuple[float, str]] = {}
     for name in tqdm(timm.list_models(), desc="families"):
-        with torch.device("meta"):
+        size = math.inf
+        with torch.device("meta"), contextlib.suppress(NotImplementedError):  # some cannot be built without memory
             size = sum(weight.numel() for weight in timm.create_model(name).parameters())
         family = timm.models._registry._model_to_module[name]
         smallest[family] = min(smallest.get(family, (size, name)), (size, name))
@@ -191,7 +194,10 @@ def main() -> None:
     with ProcessPoolExecutor(options.workers, context, torch.set_num_threads, (1,)) as pool:
         runs = [pool.submit(check_model, name, SIZES[: options.sizes]) for name in names]
         for run in tqdm(as_completed(runs), total=len(runs), desc="models"):
-            report, wrong = run.result()
+            if run.exception() is not None:
+                report, wrong = f"failed: {str(run.exception()).splitlines()[0]}", 0
+            else:
+                report, wrong = run.result()
             lost += wrong
             tqdm.write(report, sys.stdout)
             sys.stdout.flush()
