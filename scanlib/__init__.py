@@ -9,6 +9,9 @@ from scanlib.decoders import TransformerBlock as TransformerBlock, TransformerDe
 from scanlib.explainers import CAM as CAM, FEM as FEM, ISCAM as ISCAM, KPCACAM as KPCACAM, SSCAM as SSCAM
 from scanlib.explainers import AblationCAM as AblationCAM, AttentionRelevance as AttentionRelevance
 from scanlib.explainers import AttentionRollout as AttentionRollout, DeepFeatureFactorization as DeepFeatureFactorization
+from scanlib.explainers import ExpectedGradients as ExpectedGradients, InputXGradient as InputXGradient
+from scanlib.explainers import IntegratedGradients as IntegratedGradients, Libra as Libra, Saliency as Saliency
+from scanlib.explainers import SmoothGrad as SmoothGrad, libra as libra
 from scanlib.explainers import EigenCAM as EigenCAM, EigenGradCAM as EigenGradCAM, FinerCAM as FinerCAM, FullGrad as FullGrad
 from scanlib.explainers import GradCAM as GradCAM, GradCAMElementWise as GradCAMElementWise, GradCAMPlusPlus as GradCAMPlusPlus
 from scanlib.explainers import HiResCAM as HiResCAM, LayerCAM as LayerCAM, LeGrad as LeGrad, RefineCAM as RefineCAM

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from scanlib.layers import Layout, make_eval_copy, resolve_layer
 from scanlib.structure.inputs import KeepModes, leave_inference_mode
 from scanlib.structure.layout import read_layout
+from scanlib.structure.libra import libra
 from scanlib.structure.outputs import run_copy
 from scanlib.targets import Target, compute_scores
 
@@ -62,6 +63,7 @@ class FeatureTaps:
         create_graph: whether the gradients can be differentiated again.
         output: the entry of the model's output to explain, if it returns several; see ``get_logits``.
         layout: "BCHW", "BHWC", "BTC" or a ``Layout``, for layers whose layout cannot be inferred.
+        libra: whether gradients are those of LibraGrad; see ``libra``.
 
     Attributes after a call, each a list in the order of the layers: ``features`` (as the layers returned them; detached unless
     record="all"), ``captured`` (the same, part of the graph), ``layouts``. And ``logits``, the model's outputs.
@@ -75,10 +77,12 @@ class FeatureTaps:
         create_graph: bool = False,
         output: str | int | None = None,
         layout: str | Layout | None = None,
+        libra: bool = False,
     ):
         if record not in ("after", "all", None):
             raise ValueError(f"record must be 'after', 'all' or None, got {record!r}")
         self.model, self.record, self.create_graph, self.output, self.layout_given = model, record, create_graph, output, layout
+        self.libra = libra
         resolved = [resolve_layer(model, layer) for layer in layers]
         self.names, self.layers = [name for name, _ in resolved], [layer for _, layer in resolved]
         self.logits: Any = None
@@ -130,7 +134,7 @@ class FeatureTaps:
             for index, name in enumerate(self.names):
                 copy.get_submodule(name).register_forward_hook(partial(self._capture, self._captured, index))
             # fused attention has no second derivative
-            with sdpa_kernel(SDPBackend.MATH) if self.create_graph else contextlib.nullcontext():
+            with sdpa_kernel(SDPBackend.MATH) if self.create_graph else contextlib.nullcontext(), self._change_gradients():
                 self.logits = run_copy(copy, inputs, self.output)
         for index, name in enumerate(self.names):
             if index not in self._captured:
@@ -138,6 +142,9 @@ class FeatureTaps:
             check_finite(self._captured[index], f"layer {name!r} returns")
         self._inputs = inputs.detach()
         return self.logits.detach() if isinstance(self.logits, Tensor) else self.logits
+
+    def _change_gradients(self) -> contextlib.AbstractContextManager:
+        return libra(self.model) if self.libra else contextlib.nullcontext()
 
     @property
     def input_size(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from scanlib.targets import Contrast, LogProbability, Probability
 CLASSES = 4
 SLOW = ("SSCAM", "ISCAM")  # many runs of the model for each map
 RANDOM = ("SmoothGradCAMPlusPlus", "SSCAM")  # their noise is not mirrored
+INPUT = ("FullGrad", "Saliency", "InputXGradient", "IntegratedGradients", "SmoothGrad")  # they take no layer
 ATTENTION = ("AttentionRollout", "AttentionRelevance", "LeGrad")
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16)
 
@@ -100,7 +101,7 @@ def check_example(draw, longest=64):
     model = model.train(draw(st.booleans())).to(dtype)
     name = draw(st.sampled_from([method for method in METHODS if method not in SLOW and (is_vit or method not in ATTENTION)]))
     layers = [layer for layer, _ in model.named_modules() if layer.startswith(("blocks.", "embed"))]
-    layer = None if name in (*ATTENTION, "FullGrad") else draw(st.sampled_from([None, *layers]))
+    layer = None if name in (*ATTENTION, *INPUT, "Libra") else draw(st.sampled_from([None, *layers]))
     images, target = torch.rand(count, channels, *size), draw_target(draw, count)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]

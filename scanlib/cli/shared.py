@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scanlib import explainers
-from scanlib.explainers import DeepFeatureFactorization, Explainer
+from scanlib.explainers import DeepFeatureFactorization, ExpectedGradients, Explainer
 from scanlib.explainers.weighted import SCANExplainer
 from scanlib.models.zoo import Classifier, load_classifier, parse_weights
 from scanlib.scan import SCAN
 from scanlib.training.checkpoint import load_checkpoint
 
-METHODS = {  # explainers of a model that return one map per image
+_OTHERS = (Explainer, DeepFeatureFactorization, ExpectedGradients, SCANExplainer)
+METHODS = {  # explainers that need a model only, and return one map per image
     name: kind
     for name, kind in vars(explainers).items()
-    if isinstance(kind, type) and issubclass(kind, Explainer) and kind not in (Explainer, DeepFeatureFactorization, SCANExplainer)
+    if isinstance(kind, type) and issubclass(kind, Explainer) and kind not in _OTHERS
 }
 
 

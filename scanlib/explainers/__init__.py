@@ -14,6 +14,10 @@ from scanlib.explainers.cams import SmoothGradCAMPlusPlus as SmoothGradCAMPlusPl
 from scanlib.explainers.factorization import DeepFeatureFactorization as DeepFeatureFactorization
 from scanlib.explainers.formulas import grad_cam as grad_cam, layer_cam as layer_cam
 from scanlib.explainers.fullgrad import FullGrad as FullGrad
+from scanlib.explainers.gradients import ExpectedGradients as ExpectedGradients, InputXGradient as InputXGradient
+from scanlib.explainers.gradients import IntegratedGradients as IntegratedGradients, Saliency as Saliency
+from scanlib.explainers.gradients import SmoothGrad as SmoothGrad
+from scanlib.explainers.libra import Libra as Libra, libra as libra
 from scanlib.explainers.perturbation import ISCAM as ISCAM, SSCAM as SSCAM, AblationCAM as AblationCAM, ScoreCAM as ScoreCAM
 from scanlib.explainers.replay import Replay as Replay
 from scanlib.explainers.weighted import (

@@ -11,23 +11,22 @@ With A (B, heads, T, T) the attention weights of a block, softmax over keys, and
 ``AttentionWeights`` computes the weights where a module does not return them, as in fused attention.
 """
 
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from scanlib.explainers.base import Explainer, at_least_float32, full_precision
 from scanlib.hooks import FeatureTap, FeatureTaps, check_finite, differentiate
 from scanlib.layers import Layout, get_logits, make_eval_copy, resolve_layer
 from scanlib.structure.eval_copy import WRAPPED, Passthrough, rebind_function
 from scanlib.structure.layout import USUAL_PREFIX_TOKENS
+from scanlib.structure.libra import SOFTMAX, SafeFunctionMode, bind_arguments
 from scanlib.structure.outputs import run_copy
 from scanlib.targets import Target, compute_scores
 from scanlib.training.interrupts import delay_interrupts
@@ -55,14 +54,11 @@ def legrad(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack([gradient.relu().mean((1, 2)) for gradient in gradients]).mean(0)
 
 
-_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
-
-
 class NoAttentionError(ValueError):
     """Raised for a model that does not attend over the whole image, or whose attention cannot be read."""
 
 
-class AttentionWeights(TorchFunctionMode):
+class AttentionWeights(SafeFunctionMode):
     """Inside ``with``, record the weights (B, heads, T, T) of every attention that runs, part of the autograd graph.
 
     Reads ``F.scaled_dot_product_attention`` (timm, Hugging Face), ``nn.MultiheadAttention`` (torchvision), and attention written
@@ -75,26 +71,16 @@ class AttentionWeights(TorchFunctionMode):
         self.weights: list[Tensor] = []
         self.missed = 0
         self.lengths: set[int] = set()
-        self._depth = 0  # of torch's stack of modes, outside the ``with``
-
-    def __enter__(self):
-        self._depth = torch._C._len_torch_function_stack()
-        return super().__enter__()
-
-    def __exit__(self, *exception) -> None:
-        """Leave torch's stack of modes as it was. An exception inside torch's own handling may have popped this mode already."""
-        while torch._C._len_torch_function_stack() > self._depth:
-            torch._C._pop_torch_function_stack()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
-            call = _bind_arguments(self._attend, args, kwargs)
+            call = bind_arguments(self._attend, args, kwargs)
             if not call["enable_gqa"] and call["dropout_p"] == 0:
                 return self._attend(**call)
             self.missed += 1
         elif function is F.multi_head_attention_forward:
-            call = _bind_arguments(function, args, kwargs)
+            call = bind_arguments(function, args, kwargs)
             self.lengths.add(call["query"].shape[0])
             if _is_plain(call):
                 return self._multi_head(**call)
@@ -102,7 +88,7 @@ class AttentionWeights(TorchFunctionMode):
         output = function(*args, **kwargs)
         if function is F.linear and output.ndim == 3:
             self.lengths.update(output.shape[:2])
-        if function in _SOFTMAX and output.ndim > 2 and output.shape[-1] == output.shape[-2]:
+        if function in SOFTMAX and output.ndim > 2 and output.shape[-1] == output.shape[-2]:
             axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
             return self._record(output) if axis in (-1, output.ndim - 1) else output
         return output
@@ -145,12 +131,6 @@ class AttentionWeights(TorchFunctionMode):
         if not options["need_weights"]:
             return output, None
         return output, self.weights[-1].mean(1) if options["average_attn_weights"] else self.weights[-1]
-
-
-def _bind_arguments(function, args, kwargs) -> dict:
-    call = inspect.signature(function).bind(*args, **kwargs)
-    call.apply_defaults()
-    return call.arguments
 
 
 def _is_plain(call: dict) -> bool:
@@ -214,6 +194,8 @@ class _AttentionExplainer(Explainer):
     NoAttentionError, a ValueError, for models whose blocks do not attend over the whole image.
     """
 
+    needs_gradient = True
+
     def __init__(self, model: nn.Module, target_layer=None, preprocess=None, **options):
         super().__init__(model, target_layer, preprocess, **options)
         layers = target_layer if isinstance(target_layer, (list, tuple)) else [target_layer]
@@ -246,7 +228,7 @@ class _AttentionExplainer(Explainer):
             block = copy.get_submodule(name)
             block.register_forward_pre_hook(start)
             block.register_forward_hook(stop)
-        with delay_interrupts(), recorder:
+        with delay_interrupts(), self._change_gradients(), recorder:
             logits = run_copy(copy, inputs, self.output)
         weights = recorder.validate(inputs, self._message)
         counts = [last - first for first, last in spans] + [0] * (len(self.blocks) - len(spans))  # 0: it did not run
@@ -257,6 +239,8 @@ class _AttentionExplainer(Explainer):
 
 class AttentionRollout(_AttentionExplainer):
     """Attention rollout (Abnar, Zuidema 2020): the product of attention and residuals. The map is the same for all classes."""
+
+    needs_gradient = False
 
     def _weigh_tokens(self, inputs, target):
         weights, chosen, logits, _ = self._record(make_eval_copy(self.model), inputs)
@@ -297,7 +281,9 @@ class LeGrad(_AttentionExplainer):
         gradients: list[Tensor] = []
         for i, tokens in zip(chosen, outputs, strict=True):
             pooled = tokens.mean(1, keepdim=True).expand_as(tokens)  # every token is the mean, so the head reads the mean
-            gradients += _differentiate(head(pooled), target, [weights[i]], retain_graph=True)
+            with delay_interrupts(), self._change_gradients():
+                scores = head(pooled)
+            gradients += _differentiate(scores, target, [weights[i]], retain_graph=True)
         return legrad(_detach(gradients))
 
 
@@ -328,11 +314,14 @@ class RelevanceTap(FeatureTap):
 
     def __call__(self, inputs: Tensor) -> Tensor:
         self._weights = []
-        with delay_interrupts(), AttentionWeights() as recorder:
+        with delay_interrupts(), super()._change_gradients(), AttentionWeights() as recorder:  # libra outside the recorder
             logits = FeatureTaps.__call__(self, inputs)
         self.layout = self.layouts[0]  # outside the recorder: it may run the model
         self._weights = recorder.validate(inputs, self._message)
         return logits
+
+    def _change_gradients(self):
+        return nullcontext()  # done in __call__
 
     def __exit__(self, *exception) -> None:
         super().__exit__(*exception)

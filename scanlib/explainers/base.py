@@ -5,6 +5,7 @@ maps = explainer(images)                                # (N, 3, H, W) in [0, 25
 raw = explainer(images, target=3, normalize=False)      # (N, h, w) at feature resolution
 """
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from scanlib.hooks import FeatureTaps, check_finite
 from scanlib.layers import Layout, compute_logits, find_default_layer
 from scanlib.structure.inputs import KeepModes, leave_inference_mode, prepare_inputs as prepare_inputs, return_unchanged
+from scanlib.structure.libra import libra
 from scanlib.targets import Target
 
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}  # by the number of spatial axes
@@ -32,9 +34,11 @@ class Explainer:
         preprocess: function from images in [0, 255] to the model's input; None passes the images on.
         output: key or index of the output to explain, for models that return several; see ``get_logits``.
         layout: "BCHW", "BHWC", "BTC" or a ``Layout``: how the layer arranges its features, where it cannot be inferred.
+        libra: True takes the gradients of LibraGrad, for methods that take gradients; see ``libra``.
     """
 
     differentiable = False  # whether the map keeps its autograd graph
+    needs_gradient = False  # whether the method takes the score's gradient
 
     def __init__(
         self,
@@ -44,10 +48,13 @@ class Explainer:
         *,
         output: str | int | None = None,
         layout: str | Layout | None = None,
+        libra: bool = False,
     ):
+        if libra and not self.needs_gradient:
+            raise ValueError(f"libra must be False for {type(self).__name__}, which takes no gradient")
         self.model, self.target_layer = model, target_layer
         self.preprocess = preprocess or return_unchanged
-        self.output, self.layout = output, layout
+        self.output, self.layout, self.libra = output, layout, libra
         self._default_layers: dict[tuple[int, ...], str] = {}  # by the shape of an input
 
     def __enter__(self):
@@ -103,7 +110,11 @@ class Explainer:
         return compute_logits(self.model, inputs, self.output)
 
     def _open_taps(self, layers: Sequence[str], **options) -> FeatureTaps:
-        return FeatureTaps(self.model, layers, output=self.output, layout=self.layout, **options)
+        return FeatureTaps(self.model, layers, output=self.output, layout=self.layout, libra=self.libra, **options)
+
+    def _change_gradients(self) -> contextlib.AbstractContextManager:
+        """Open ``libra``, if it is asked for."""
+        return libra(self.model) if self.libra else contextlib.nullcontext()
 
     def _normalize(self, maps: Tensor, size: Sequence[int]) -> Tensor:
         """Resize and normalize maps (N, h, w), or (N, K, h, w) for K classes."""

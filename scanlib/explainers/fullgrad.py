@@ -21,6 +21,7 @@ from scanlib.hooks import check_finite, differentiate
 from scanlib.layers import Layout, make_eval_copy
 from scanlib.structure.outputs import run_copy
 from scanlib.targets import compute_scores
+from scanlib.training.interrupts import delay_interrupts
 
 NORMS = (nn.modules.batchnorm._BatchNorm, torchvision.ops.FrozenBatchNorm2d)  # with running statistics
 BIASED_LAYERS = (
@@ -93,6 +94,8 @@ class FullGrad(Explainer):
     Raises ValueError for that, for models that split the image into windows and for norms with a built-in activation.
     """
 
+    needs_gradient = True
+
     def __init__(self, model, target_layer=None, preprocess=None, **options):
         if target_layer is not None:
             raise ValueError(f"target_layer must be None for FullGrad, which reads every layer, got {target_layer!r}")
@@ -141,7 +144,9 @@ class FullGrad(Explainer):
                 module.register_forward_hook(partial(watch, name))
         with torch.enable_grad():
             inputs = inputs.detach().requires_grad_()
-            scores = compute_scores(run_copy(copy, inputs, self.output), target)
+            with delay_interrupts(), self._change_gradients():
+                logits = run_copy(copy, inputs, self.output)
+            scores = compute_scores(logits, target)
             (gradient,) = differentiate(scores.sum(), [inputs], allow_unused=True) if scores.requires_grad else (None,)
         if gradient is None:
             raise ValueError(

@@ -18,6 +18,7 @@ Then sum(x dy/dx) + sum over biases(b dy/db) = y (Mehri, Baghshah, Pilehvar 2025
 
 import inspect
 import warnings
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,10 +30,8 @@ SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 GATES = (torch.sigmoid, Tensor.sigmoid, F.hardsigmoid, torch.rsqrt, Tensor.rsqrt, torch.sqrt, Tensor.sqrt)
 SLOPES = {F.gelu: 0.5, F.silu: 0.5, F.hardswish: 0.5, F.mish: 0.6, F.elu: 1.0, torch.tanh: 1.0, Tensor.tanh: 1.0}  # f'(0)
 QUOTIENTS = (torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide, Tensor.true_divide)
-PRODUCTS = (
-    *(torch.mul, Tensor.mul, Tensor.__mul__, torch.multiply, Tensor.multiply, torch.matmul, Tensor.matmul),
-    *(Tensor.__matmul__, torch.bmm, Tensor.bmm),
-)
+MATRIX_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, torch.multiply, Tensor.multiply, *MATRIX_PRODUCTS)
 IN_PLACE = (F.silu, F.hardswish, F.mish, F.elu)  # functions with this option
 UNREACHED = (torch.exp, Tensor.exp, torch.log, Tensor.log, F.softplus, torch.sin, Tensor.sin, torch.cos, Tensor.cos)
 
@@ -51,9 +50,12 @@ class SafeFunctionMode(TorchFunctionMode):
             torch._C._pop_torch_function_stack()
 
 
+_get_signature = lru_cache(maxsize=100)(inspect.signature)
+
+
 def bind_arguments(function: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """Return the arguments of a call by name, defaults included."""
-    call = inspect.signature(function).bind(*args, **kwargs)
+    call = _get_signature(function).bind(*args, **kwargs)
     call.apply_defaults()
     return call.arguments
 
@@ -122,7 +124,8 @@ class libra(SafeFunctionMode):
         if function in QUOTIENTS and others and isinstance(others[0], Tensor) and others[0].requires_grad:
             return function(first, others[0] if others[0].is_leaf else others[0].detach(), *others[1:], **kwargs)
         output = function(*args, **kwargs)
-        if function in PRODUCTS and _are_features(args):
+        is_attention = function in MATRIX_PRODUCTS and first.shape[-1] == first.shape[-2]  # in the graph if it is recorded
+        if function in PRODUCTS and not is_attention and _are_features(args):
             return _Substitute.apply(output / 2, output.detach())
         if function in UNREACHED and first.ndim > 2 and first.requires_grad and not first.is_leaf:
             self.unreached.add(function.__name__)

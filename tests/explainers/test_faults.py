@@ -38,11 +38,14 @@ CNN_METHODS = [
     "EigenCAM",
 ]
 CNN_METHODS += ["EigenGradCAM", "FEM", "FinerCAM", "ScoreCAM", "ISCAM", "AblationCAM", "FullGrad"]
+INPUT_METHODS = ["Saliency", "InputXGradient", "Libra"]
+NO_LAYER = [*INPUT_METHODS, "FullGrad"]
+CNN_METHODS += INPUT_METHODS
 VIT_METHODS = ["AttentionRollout", "AttentionRelevance", "LeGrad"]
 
 
 def build(name, model, layer=None):
-    return getattr(scanlib, name)(model, **({} if name in (*VIT_METHODS, "FullGrad") else {"target_layer": layer}))
+    return getattr(scanlib, name)(model, **({} if name in (*VIT_METHODS, *NO_LAYER) else {"target_layer": layer}))
 
 
 class Net(nn.Module):
@@ -206,7 +209,7 @@ def test_outputs_are_chosen_by_key_or_index(net, x):
         GradCAM(model, "conv")(x, 1)
     for name in CNN_METHODS:
         expected = build(name, net, "conv")(x, 1, normalize=False)
-        explainer = getattr(scanlib, name)(model, *(() if name == "FullGrad" else ("conv",)), output="main")
+        explainer = getattr(scanlib, name)(model, *(() if name in NO_LAYER else ("conv",)), output="main")
         torch.testing.assert_close(explainer(x, 1, normalize=False), expected)
     negative = GradCAM(model, "conv", output="other")(x, lambda row: -row[1])
     torch.testing.assert_close(negative, GradCAM(net, "conv")(x, 1))
@@ -251,7 +254,7 @@ def test_models_that_write_into_their_input(name, x):
         return
     first = explainer(x, 1, normalize=False)
     assert torch.equal(x, kept) and torch.equal(explainer(x, 1, normalize=False), first)
-    if name not in ("SmoothGradCAMPlusPlus", "ScoreCAM", "ISCAM", "SSCAM"):  # these change the input itself
+    if name not in ("SmoothGradCAMPlusPlus", "ScoreCAM", "ISCAM", "SSCAM", *INPUT_METHODS):  # these change or read the input
         torch.testing.assert_close(first, build(name, clean, "conv")((x - 0.5) / 0.25, 1, normalize=False), atol=1e-5, rtol=1e-3)
 
 
@@ -558,6 +561,18 @@ def test_another_default_device_changes_nothing(net, x):
 
 
 def test_every_explainer_is_in_these_lists():
-    others = {"CAM", "ISCAM", "SSCAM", "KPCACAM", "SegEigenCAM", "GradCAMElementWise", "RefineCAM", "DeepFeatureFactorization"}
+    others = {
+        "ExpectedGradients",
+        "IntegratedGradients",
+        "SmoothGrad",
+        "CAM",
+        "ISCAM",
+        "SSCAM",
+        "KPCACAM",
+        "SegEigenCAM",
+        "GradCAMElementWise",
+        "RefineCAM",
+        "DeepFeatureFactorization",
+    }
     kinds = {name for name, kind in vars(scanlib).items() if isinstance(kind, type) and issubclass(kind, Explainer)}
     assert kinds == {*CNN_METHODS, *VIT_METHODS, *others}
