@@ -6,12 +6,12 @@ Images go in, a frozen classifier is tapped at one layer, and an explainer turns
 from scanlib.data import PhotoFolder as PhotoFolder, Signs as Signs, read_image as read_image
 from scanlib.decoders import ConvolutionalDecoder as ConvolutionalDecoder, ResidualModule as ResidualModule
 from scanlib.decoders import TransformerBlock as TransformerBlock, TransformerDecoder as TransformerDecoder
-from scanlib.explainers import CAM as CAM, FEM as FEM, ISCAM as ISCAM, KPCACAM as KPCACAM, SSCAM as SSCAM
+from scanlib.explainers import CAM as CAM, FEM as FEM, ISCAM as ISCAM, KPCACAM as KPCACAM, RISE as RISE, SSCAM as SSCAM
 from scanlib.explainers import AblationCAM as AblationCAM, AttentionRelevance as AttentionRelevance
 from scanlib.explainers import AttentionRollout as AttentionRollout, DeepFeatureFactorization as DeepFeatureFactorization
 from scanlib.explainers import ExpectedGradients as ExpectedGradients, InputXGradient as InputXGradient
 from scanlib.explainers import IntegratedGradients as IntegratedGradients, Libra as Libra, Saliency as Saliency
-from scanlib.explainers import SmoothGrad as SmoothGrad, libra as libra
+from scanlib.explainers import Occlusion as Occlusion, SmoothGrad as SmoothGrad, libra as libra
 from scanlib.explainers import EigenCAM as EigenCAM, EigenGradCAM as EigenGradCAM, FinerCAM as FinerCAM, FullGrad as FullGrad
 from scanlib.explainers import GradCAM as GradCAM, GradCAMElementWise as GradCAMElementWise, GradCAMPlusPlus as GradCAMPlusPlus
 from scanlib.explainers import HiResCAM as HiResCAM, LayerCAM as LayerCAM, LeGrad as LeGrad, RefineCAM as RefineCAM

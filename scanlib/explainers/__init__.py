@@ -18,6 +18,7 @@ from scanlib.explainers.gradients import ExpectedGradients as ExpectedGradients,
 from scanlib.explainers.gradients import IntegratedGradients as IntegratedGradients, Saliency as Saliency
 from scanlib.explainers.gradients import SmoothGrad as SmoothGrad
 from scanlib.explainers.libra import Libra as Libra, libra as libra
+from scanlib.explainers.perturbation import RISE as RISE, Occlusion as Occlusion
 from scanlib.explainers.perturbation import ISCAM as ISCAM, SSCAM as SSCAM, AblationCAM as AblationCAM, ScoreCAM as ScoreCAM
 from scanlib.explainers.replay import Replay as Replay
 from scanlib.explainers.weighted import (

@@ -19,7 +19,8 @@ from scanlib.hooks import FeatureTaps, check_finite
 from scanlib.layers import Layout, compute_logits, find_default_layer
 from scanlib.structure.inputs import KeepModes, leave_inference_mode, prepare_inputs as prepare_inputs, return_unchanged
 from scanlib.structure.libra import libra
-from scanlib.targets import Target
+from scanlib.structure.outputs import run_copy
+from scanlib.targets import Target, check_count, is_callable_target, resolve_classes
 
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}  # by the number of spatial axes
 
@@ -149,6 +150,29 @@ class Explainer:
             raise ValueError(f"preprocess must return one input per image, for {tuple(images.shape)} it returns {shape}")
         check_finite(inputs, "the preprocessed images hold")
         return inputs.clone() if inputs.is_inference() else inputs  # an inference tensor cannot take part in a graph
+
+
+class InputExplainer(Explainer):
+    """Base class of the explainers that read no layer, but the input. Raw maps have the input's size.
+
+    batch_size: inputs per run; None chooses it. target_layer must be None. See ``Explainer``.
+    """
+
+    def __init__(self, model: nn.Module, target_layer=None, preprocess=None, *, batch_size: int | None = None, **options):
+        if target_layer is not None:
+            raise ValueError(f"target_layer must be None for {type(self).__name__}, which reads the input, got {target_layer!r}")
+        super().__init__(model, None, preprocess, **options)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 or None, got {batch_size}")
+        self.batch_size = batch_size
+
+    def _choose_target(self, copy: nn.Module, inputs: Tensor, target: Target) -> Target:
+        """Return the class of each image, so that changed images are explained for the class of the unchanged one."""
+        check_count(target, len(inputs))
+        if is_callable_target(target):
+            return target
+        with torch.no_grad():
+            return resolve_classes(run_copy(copy, inputs, self.output), target)
 
 
 def choose_batch_size(images: Tensor, batch_size: int | None = None, model: nn.Module | None = None) -> int:

@@ -14,30 +14,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from scanlib.explainers.base import Explainer, at_least_float32, choose_batch_size
+from scanlib.explainers.base import InputExplainer, at_least_float32, choose_batch_size
 from scanlib.hooks import check_finite, differentiate
 from scanlib.layers import make_eval_copy
 from scanlib.structure.outputs import run_copy
-from scanlib.targets import Target, compute_scores, is_callable_target, resolve_classes, select_targets
+from scanlib.targets import Target, compute_scores, select_targets
 from scanlib.training.interrupts import delay_interrupts
 
 
-class _GradientExplainer(Explainer):
-    """Base class of the explainers that differentiate with respect to the input. Raw maps have the input's size.
+class _GradientExplainer(InputExplainer):
+    """Base class of the explainers that differentiate with respect to the input.
 
-    libra: True takes the gradients of LibraGrad, see ``libra``. batch_size: inputs per run; None chooses it. target_layer must be
-    None. See ``Explainer``.
+    libra: True takes the gradients of LibraGrad, see ``libra``. Other arguments: see ``InputExplainer``.
     """
 
     needs_gradient = True
-
-    def __init__(self, model: nn.Module, target_layer=None, preprocess=None, *, batch_size: int | None = None, **options):
-        if target_layer is not None:
-            raise ValueError(f"target_layer must be None for {type(self).__name__}, which reads the input, got {target_layer!r}")
-        super().__init__(model, None, preprocess, **options)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1 or None, got {batch_size}")
-        self.batch_size = batch_size
 
     def _compute_gradient(self, copy: nn.Module, inputs: Tensor, target: Target) -> Tensor:
         """Compute dy/dx at inputs (n, C, H, W), for one target per input or one for all."""
@@ -48,13 +39,6 @@ class _GradientExplainer(Explainer):
             (gradient,) = differentiate(compute_scores(logits, target).sum(), [inputs])
         assert gradient is not None
         return at_least_float32(check_finite(gradient, "the gradient at the inputs holds"))
-
-    def _choose_target(self, copy: nn.Module, inputs: Tensor, target: Target) -> Target:
-        """Return the class of each image, so that changed images are explained for the class of the unchanged one."""
-        if is_callable_target(target):
-            return target
-        with torch.no_grad():
-            return resolve_classes(run_copy(copy, inputs, self.output), target)
 
     def _average_gradients(self, inputs: Tensor, target: Target, count: int, change: Callable) -> Tensor:
         """Average factor * gradient over ``count`` changed versions of each input, in batches.
@@ -136,9 +120,10 @@ class ExpectedGradients(_GradientExplainer):
     def _compute_maps(self, inputs, target):
         starts = self._prepare(self.baselines.to(inputs.device))
         draw = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randint(len(starts), (self.samples,), generator=draw).to(inputs.device)
+        chosen = torch.randint(len(starts), (self.samples,), generator=draw, device="cpu").to(inputs.device)
         # one point in each of ``samples`` equal parts of the path: fewer draws for the same error
-        shares = (torch.rand(self.samples, generator=draw) + torch.randperm(self.samples, generator=draw)) / self.samples
+        shares = torch.rand(self.samples, generator=draw, device="cpu")
+        shares = (shares + torch.randperm(self.samples, generator=draw, device="cpu")) / self.samples
         shares = shares.to(inputs)
 
         def change(owners: Tensor, versions: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +153,9 @@ class SmoothGrad(_GradientExplainer):
         scale = self.noise * (inputs.amax(axes, keepdim=True) - inputs.amin(axes, keepdim=True))
 
         def change(owners: Tensor, versions: Tensor) -> tuple[Tensor, float]:
-            noise = torch.randn(len(owners), *inputs.shape[1:], generator=draw, dtype=inputs.dtype).to(inputs.device)
+            noise = torch.randn(len(owners), *inputs.shape[1:], generator=draw, dtype=inputs.dtype, device="cpu").to(
+                inputs.device
+            )
             return inputs[owners] + scale[owners] * noise, 1.0
 
         return self._average_gradients(inputs, target, self.samples, change).abs().amax(1)

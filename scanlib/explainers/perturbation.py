@@ -1,23 +1,28 @@
-"""Class activation maps whose weights come from changed inputs or features: how does the score change?
+"""Explainers that change the input or the features: how does the score change? No gradient is needed, but many runs.
 
     Score-CAM       w_c = score of the image masked by channel c's map          softmax over the channels
     SS-CAM          the same, averaged over noisy masks
     IS-CAM          the same, averaged over masks of increasing strength
     Ablation-CAM    w_c = share of the score that is lost when channel c is set to 0
+    RISE            the mean of random masks, each weighted by the score of the masked image
+    Occlusion       the score that is lost where a grey square covers the image
 
-The map is relu(sum_c w_c A_c). No gradient is needed, but one run of the model per channel, in batches. All channels that are
-constant over the image share one run. Ablation-CAM runs only the part of the model behind the layer.
+The map of a CAM is relu(sum_c w_c A_c), with one run of the model per channel, in batches. All channels that are constant over
+the image share one run. Ablation-CAM runs only the part of the model behind the layer.
 
-    maps = AblationCAM(model, "layer4", preprocess)(images)         # (N, 3, H, W) in [0, 255] -> (N, H, W) in [0, 1]
+    maps = RISE(model, preprocess=preprocess)(images)               # (N, 3, H, W) in [0, 255] -> (N, H, W) in [0, 1]
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scanlib.explainers.base import (
+    InputExplainer,
     at_least_float32,
     choose_batch_size,
     full_precision,
@@ -27,7 +32,9 @@ from scanlib.explainers.base import (
 from scanlib.explainers.cams import CAMExplainer, choose_classes_once
 from scanlib.explainers.formulas import weighted_sum
 from scanlib.explainers.replay import Replay
+from scanlib.layers import make_eval_copy
 from scanlib.structure.inputs import to_channels_last
+from scanlib.structure.outputs import run_copy
 from scanlib.targets import Target, compute_scores, is_callable_target, select_targets
 
 
@@ -183,3 +190,142 @@ class AblationCAM(_PerturbationCAM):
             replay.layout.to_maps(versions)[torch.arange(len(channels), device=channels.device), channels] = 0
             scores[:, channels] = self._score(replay(versions, image), targets, index.expand(len(channels)))
         return (whole - scores) / whole.abs().clamp_min(1e-12)
+
+
+class _InputPerturbation(InputExplainer):
+    """Base class of the explainers that cover parts of the input."""
+
+    def _score_changed(self, inputs: Tensor, target: Target, count: int, change: Callable, probability: bool) -> Iterator[tuple]:
+        """Yield (indices of images, indices of versions, scores), (n,) each, for ``count`` changed versions of every input.
+
+        change: function from these indices to changed inputs (n, C, H, W). probability: take the softmax of the logits first.
+        """
+        copy = make_eval_copy(self.model)
+        target = self._choose_target(copy, inputs, target)
+        for pairs in torch.arange(len(inputs) * count, device=inputs.device).split(choose_batch_size(inputs, self.batch_size)):
+            owners, versions = pairs // count, pairs % count
+            outputs = run_copy(copy, change(owners, versions), self.output)
+            outputs = outputs.float().softmax(1) if probability and not is_callable_target(target) else outputs
+            yield owners, versions, at_least_float32(compute_scores(outputs, select_targets(target, owners)))
+
+
+class RISE(_InputPerturbation):
+    """RISE (Petsiuk, Das, Saenko 2018, Eqs. 4-6): the mean of random masks, each weighted by the masked image's score, over p.
+
+    The score is the probability of the class, or what a callable target returns. A mask multiplies the preprocessed image.
+
+    masks: number of masks, the same for all images. cells: cells along each side of a mask, which are 1 with a chance of p =
+    ``probability`` and else 0, before the mask is resized bilinearly and shifted by less than a cell. seed: of the masks.
+    """
+
+    def __init__(
+        self,
+        model,
+        target_layer=None,
+        preprocess=None,
+        *,
+        masks: int = 4000,
+        cells: int = 7,
+        probability: float = 0.5,
+        seed: int = 0,
+        **options,
+    ):
+        super().__init__(model, target_layer, preprocess, **options)
+        if masks < 1 or cells < 1:
+            raise ValueError(f"masks and cells must be at least 1, got {masks} and {cells}")
+        if not 0 < probability <= 1:
+            raise ValueError(f"probability must be above 0 and at most 1, got {probability}")
+        self.masks, self.cells, self.probability, self.seed = masks, cells, probability, seed
+
+    def _draw_masks(self, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Draw cells (masks, cells + 1, ...) of 0 and 1, and shifts (masks, number of axes) in pixels."""
+        draw = torch.Generator().manual_seed(self.seed)
+        grid = torch.rand(self.masks, *[self.cells + 1] * len(size), generator=draw, device="cpu") < self.probability
+        cell = torch.tensor([-(-side // self.cells) for side in size], device="cpu")  # the side of a cell, rounded up
+        return grid, (torch.rand(self.masks, len(size), generator=draw, device="cpu") * cell).long()
+
+    def _compute_maps(self, inputs, target):
+        size = inputs.shape[2:]
+        grid, shifts = (each.to(inputs.device) for each in self._draw_masks(size))
+        maps = torch.zeros(len(inputs), *size, device=inputs.device, dtype=torch.promote_types(inputs.dtype, torch.float32))
+        drawn: dict[str, Tensor] = {}
+
+        def change(owners: Tensor, versions: Tensor) -> Tensor:
+            drawn["masks"] = _enlarge_masks(grid[versions].to(maps.dtype), shifts[versions], size)
+            return to_channels_last(inputs[owners] * drawn["masks"][:, None].to(inputs.dtype))
+
+        for owners, _, scores in self._score_changed(inputs, target, self.masks, change, probability=True):
+            maps.index_add_(0, owners, drawn["masks"] * scores.to(maps.dtype).view(-1, *[1] * len(size)))
+        return maps / (self.masks * self.probability)
+
+
+def _enlarge_masks(grid: Tensor, shifts: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize grids (n, c + 1, c + 1) bilinearly, so that c cells cover the image, and cut (n, H, W) out of each at its shift."""
+    for axis, side in enumerate(size, 1):
+        count = grid.shape[axis]
+        units = torch.eye(count, device=grid.device, dtype=grid.dtype)[:, None]
+        weights = F.interpolate(units, size=count * -(-side // (count - 1)), mode="linear", align_corners=False)[:, 0]
+        window = weights.T[shifts[:, axis - 1, None] + torch.arange(side, device=grid.device)]  # (n, side, count)
+        rest = grid.movedim(axis, 1)
+        grid = (window @ rest.reshape(*rest.shape[:2], -1)).view(len(grid), side, *rest.shape[2:]).movedim(1, axis)
+    return grid
+
+
+class Occlusion(_InputPerturbation):
+    """Occlusion (Zeiler, Fergus 2014): the score lost where a square covers the image, averaged where squares overlap.
+
+    patch: side of the square in pixels of the preprocessed image; None takes an eighth of the shorter side. stride: step from
+    one square to the next; None is half of patch. fill: value of the covered pixels in [0, 255], before preprocessing.
+    """
+
+    def __init__(
+        self,
+        model,
+        target_layer=None,
+        preprocess=None,
+        *,
+        patch: int | None = None,
+        stride: int | None = None,
+        fill: float = 127.5,
+        **options,
+    ):
+        super().__init__(model, target_layer, preprocess, **options)
+        for name, value in (("patch", patch), ("stride", stride)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        self.patch, self.stride, self.fill = patch, stride, fill
+
+    def _prepare(self, images):
+        return torch.cat([super()._prepare(images), super()._prepare(torch.full_like(images, self.fill))])
+
+    def _compute_maps(self, inputs, target):
+        inputs, grey = inputs.chunk(2)
+        size = inputs.shape[2:]
+        patch = self.patch or max(1, min(size) // 8)
+        stride = self.stride or max(1, patch // 2)
+        if stride > patch or patch > min(size):
+            raise ValueError(
+                f"patch must be from stride, {stride}, to {min(size)} pixels for inputs of {tuple(size)}, got {patch}"
+            )
+        counts = [-(-(side - patch) // stride) + 1 for side in size]  # the last squares may be cut at the edge
+        places = torch.cartesian_prod(*(torch.arange(n, device=inputs.device) * stride for n in counts)).view(-1, len(size))
+
+        def cover(versions: Tensor) -> Tensor:  # (n, H, W) bool; version 0 is the unchanged image
+            covered = (versions > 0).view(-1, *[1] * len(size))
+            for axis, side in enumerate(size):
+                offset = torch.arange(side, device=inputs.device) - places[versions - 1, axis, None]
+                shape = [len(versions), *(side if k == axis else 1 for k in range(len(size)))]
+                covered = covered & ((offset >= 0) & (offset < patch)).view(shape)
+            return covered
+
+        def change(owners: Tensor, versions: Tensor) -> Tensor:
+            return to_channels_last(torch.where(cover(versions)[:, None], grey[owners], inputs[owners]))
+
+        scored = self._score_changed(inputs, target, len(places) + 1, change, probability=False)
+        scores = torch.cat([of_batch for _, _, of_batch in scored]).view(len(inputs), -1)
+        total, count = scores.new_zeros(len(inputs), math.prod(size)), scores.new_zeros(math.prod(size))
+        for versions in torch.arange(1, len(places) + 1, device=inputs.device).split(256):
+            covered = cover(versions).flatten(1).to(scores.dtype)
+            total += (scores[:, :1] - scores[:, versions]) @ covered
+            count += covered.sum(0)
+        return (total / count).view(len(inputs), *size)

@@ -64,8 +64,8 @@ class _Substitute(torch.autograd.Function):
     """Return a value whose gradient is that of a surrogate."""
 
     @staticmethod
-    def forward(ctx, surrogate: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
+    def forward(ctx, surrogate: Tensor, value: list[Tensor]) -> Tensor:
+        return value[0].detach()  # a tensor in a list may be changed in place later, an argument may not
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
@@ -126,7 +126,7 @@ class libra(SafeFunctionMode):
         output = function(*args, **kwargs)
         is_attention = function in MATRIX_PRODUCTS and first.shape[-1] == first.shape[-2]  # in the graph if it is recorded
         if function in PRODUCTS and not is_attention and _are_features(args):
-            return _Substitute.apply(output / 2, output.detach())
+            return _Substitute.apply(output / 2, [output])
         if function in UNREACHED and first.ndim > 2 and first.requires_grad and not first.is_leaf:
             self.unreached.add(function.__name__)
         return output
@@ -167,7 +167,7 @@ def _linearize_norm(function: Any, call: dict[str, Any]) -> Tensor:
     surrogate = surrogate.reshape(x.shape)
     surrogate = surrogate if weight is None else surrogate * weight
     surrogate = surrogate if bias is None else surrogate + bias
-    return _Substitute.apply(surrogate.to(value.dtype), value.detach())
+    return _Substitute.apply(surrogate.to(value.dtype), [value])
 
 
 def _linearize_activation(function: Any, x: Tensor, others: list, kwargs: dict) -> Tensor:
@@ -175,7 +175,7 @@ def _linearize_activation(function: Any, x: Tensor, others: list, kwargs: dict) 
     with torch.no_grad():
         value = function(x.detach().clone(), *others, **kwargs)
         gate = torch.where(x == 0, SLOPES[function], value / x)
-    output = _Substitute.apply(x * gate, value)
+    output = _Substitute.apply(x * gate, [value])
     in_place = function in IN_PLACE and bind_arguments(function, (x, *others), kwargs)["inplace"]
     return x.copy_(output) if in_place else output
 

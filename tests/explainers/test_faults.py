@@ -38,14 +38,15 @@ CNN_METHODS = [
     "EigenCAM",
 ]
 CNN_METHODS += ["EigenGradCAM", "FEM", "FinerCAM", "ScoreCAM", "ISCAM", "AblationCAM", "FullGrad"]
-INPUT_METHODS = ["Saliency", "InputXGradient", "Libra"]
-NO_LAYER = [*INPUT_METHODS, "FullGrad"]
+INPUT_METHODS = ["Saliency", "InputXGradient", "Libra", "RISE", "Occlusion"]
+NO_LAYER = [*INPUT_METHODS, "FullGrad", "SmoothGrad", "IntegratedGradients"]
 CNN_METHODS += INPUT_METHODS
 VIT_METHODS = ["AttentionRollout", "AttentionRelevance", "LeGrad"]
 
 
-def build(name, model, layer=None):
-    return getattr(scanlib, name)(model, **({} if name in (*VIT_METHODS, *NO_LAYER) else {"target_layer": layer}))
+def build(name, model, layer=None, **options):
+    options |= {} if name in (*VIT_METHODS, *NO_LAYER) else {"target_layer": layer}
+    return getattr(scanlib, name)(model, **options, **({"masks": 40} if name == "RISE" else {}))
 
 
 class Net(nn.Module):
@@ -209,7 +210,7 @@ def test_outputs_are_chosen_by_key_or_index(net, x):
         GradCAM(model, "conv")(x, 1)
     for name in CNN_METHODS:
         expected = build(name, net, "conv")(x, 1, normalize=False)
-        explainer = getattr(scanlib, name)(model, *(() if name in NO_LAYER else ("conv",)), output="main")
+        explainer = build(name, model, "conv", output="main")
         torch.testing.assert_close(explainer(x, 1, normalize=False), expected)
     negative = GradCAM(model, "conv", output="other")(x, lambda row: -row[1])
     torch.testing.assert_close(negative, GradCAM(net, "conv")(x, 1))
@@ -542,7 +543,7 @@ def test_scan_without_a_gradient_mask_checks_targets():
 
 
 def test_wrong_numbers_of_callables_raise_everywhere(net, x):
-    for name in [*CNN_METHODS, "SSCAM"]:
+    for name in [*CNN_METHODS, "SSCAM", "SmoothGrad", "IntegratedGradients"]:
         if name == "FinerCAM":
             continue
         for count in (1, 3):
@@ -551,10 +552,11 @@ def test_wrong_numbers_of_callables_raise_everywhere(net, x):
 
 
 def test_another_default_device_changes_nothing(net, x):
-    expected = {name: build(name, net, "conv")(x, 1) for name in CNN_METHODS}
+    names = [*CNN_METHODS, "SmoothGrad"]
+    expected = {name: build(name, net, "conv")(x, 1) for name in names}
     torch.set_default_device("meta")
     try:
-        for name in CNN_METHODS:
+        for name in names:
             assert torch.equal(build(name, net, "conv")(x, 1), expected[name])
     finally:
         torch.set_default_device(None)

@@ -186,3 +186,18 @@ def test_an_exception_leaves_torch_as_it_was():
     with pytest.raises(RuntimeError), libra(nn.Identity()):
         F.layer_norm(torch.ones(2, 3, requires_grad=True), (4,))
     assert torch._C._len_torch_function_stack() == before
+
+
+@pytest.mark.parametrize("change", [nn.ReLU(inplace=True), nn.SiLU(inplace=True), nn.Hardswish(inplace=True)])
+def test_outputs_may_be_changed_in_place(change):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), change, nn.Flatten(), nn.Linear(64, 2)).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    expected = model(x)
+    with libra(model):
+        logits = model(x.requires_grad_())
+    assert torch.equal(logits, expected)
+    biases = [value for name, value in model.named_parameters() if name.endswith("bias")]
+    parts = torch.autograd.grad(logits[:, 1].sum(), [x, *biases])
+    total = sum((value * part).sum() for value, part in zip([x, *biases], parts, strict=True))
+    torch.testing.assert_close(total, logits[:, 1].sum(), atol=1e-9, rtol=0)
