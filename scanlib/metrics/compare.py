@@ -1,4 +1,4 @@
-"""Compare explainers with each other and with both baselines: one call computes all metrics of all maps.
+"""Compare explainers with each other, with two baselines and a ceiling: one call computes all metrics of all maps.
 
 explainers = {"Grad-CAM": GradCAM(model, preprocess=preprocess), "SCAN": scanner.as_explainer()}
 table = compare(model, images, explainers, masks=masks, preprocess=preprocess)
@@ -10,8 +10,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,94 +18,24 @@ from torch import Tensor, nn
 from scanlib.explainers.base import at_least_float32, choose_batch_size, prepare_inputs, validate_maps
 from scanlib.layers import compute_logits
 from scanlib.metrics.baselines import make_centre_maps, make_random_maps
+from scanlib.metrics.definitions import METRICS as METRICS, OF_OTHER_CLASSES, MetricInputs, Metrics, select_metrics
 from scanlib.metrics.localisation import compute_energy_inside, compute_iou, compute_peak_inside, validate_masks
-from scanlib.metrics.quality import ExplainerFunction, compute_arcc, compute_coherency, compute_complexity, run_explainer
+from scanlib.metrics.quality import ExplainerFunction, run_explainer
 from scanlib.metrics.removal import (
     Fill,
     ScoreFunction,
     build_class_score,
     compute_auc,
-    compute_drop,
-    compute_increase,
     compute_removal_curves,
     fill_mean,
+    order_patches_greedily,
     rank_locations,
-    score_dimmed_images,
 )
-from scanlib.metrics.road import PERCENTILES, compute_road
-from scanlib.metrics.stability import compute_infidelity, compute_max_sensitivity
+from scanlib.metrics.road import PERCENTILES
 from scanlib.metrics.table import Comparison
 from scanlib.structure.inputs import return_unchanged
 from scanlib.targets import Target, is_callable_target, resolve_classes
 from scanlib.training.decoder_file import validate_percentile
-
-
-@dataclass
-class MetricInputs:
-    """Inputs of a metric: an explainer, its maps (N, H, W) and the arguments of ``compare``. Shared results are computed once."""
-
-    explainer: ExplainerFunction
-    score: ScoreFunction
-    images: Tensor
-    maps: Tensor
-    masks: Any  # Tensor (N, H, W), or None if no metric needs them
-    classes: Tensor
-    fill: Fill
-    steps: int
-    percentiles: Sequence[float]
-    options: dict[str, Any]  # patch, batch_size and seed
-    curves: dict[str, Tensor] = field(default_factory=dict)  # those that a metric has used, (N, K) each
-
-    @cached_property
-    def removal_curves(self) -> tuple[Tensor, Tensor]:
-        curves = compute_removal_curves(self.score, self.images, self.maps, steps=self.steps, fill=self.fill, **self.options)
-        self.curves["deletion"], self.curves["insertion"] = curves
-        return curves
-
-    @cached_property
-    def road_curves(self) -> tuple[Tensor, Tensor]:
-        curves = compute_road(self.score, self.images, self.maps, self.percentiles, **self.options)
-        self.curves["ROAD MoRF"], self.curves["ROAD LeRF"] = curves
-        return curves
-
-    @cached_property
-    def dimmed_scores(self) -> tuple[Tensor, Tensor]:
-        return score_dimmed_images(self.score, self.images, self.maps, batch_size=self.options["batch_size"])
-
-    @cached_property
-    def coherency(self) -> Tensor:
-        batches = zip(*(x.split(self.options["batch_size"]) for x in (self.images, self.maps, self.classes)), strict=True)
-        return torch.cat([compute_coherency(self.explainer, *batch) for batch in batches])
-
-    def compute_infidelity(self) -> Tensor:
-        return compute_infidelity(self.score, self.images, self.maps, fill=self.fill, **self.options)
-
-    def compute_max_sensitivity(self) -> Tensor:
-        options = {name: self.options[name] for name in ("batch_size", "seed")}
-        return compute_max_sensitivity(self.explainer, self.images, self.classes, **options)
-
-
-# name: (1 if high is good or -1 if low is, function from the inputs to one value per image (N,))
-Metrics = Mapping[str, tuple[int, Callable[[MetricInputs], Tensor]]]
-METRICS: Metrics = {
-    "energy": (1, lambda inputs: compute_energy_inside(inputs.maps, inputs.masks)),
-    "peak": (1, lambda inputs: compute_peak_inside(inputs.maps, inputs.masks)),
-    "IoU": (1, lambda inputs: compute_iou(inputs.maps, inputs.masks, inputs.options["seed"])),
-    "deletion": (-1, lambda inputs: compute_auc(inputs.removal_curves[0])),
-    "insertion": (1, lambda inputs: compute_auc(inputs.removal_curves[1])),
-    "ROAD MoRF": (-1, lambda inputs: inputs.road_curves[0].mean(1)),
-    "ROAD LeRF": (1, lambda inputs: inputs.road_curves[1].mean(1)),
-    "ROAD": (1, lambda inputs: (inputs.road_curves[1] - inputs.road_curves[0]).mean(1) / 2),
-    "drop %": (-1, lambda inputs: compute_drop(*inputs.dimmed_scores)),
-    "increase %": (1, lambda inputs: compute_increase(*inputs.dimmed_scores)),
-    "complexity": (-1, lambda inputs: compute_complexity(inputs.maps)),
-    "coherency": (1, lambda inputs: inputs.coherency),
-    "ARCC": (1, lambda inputs: compute_arcc(compute_complexity(inputs.maps), inputs.coherency, METRICS["ROAD"][1](inputs))),
-    "infidelity": (-1, MetricInputs.compute_infidelity),
-    "sensitivity": (-1, MetricInputs.compute_max_sensitivity),
-}
-METRICS_WITH_MASKS = ("energy", "peak", "IoU")
-DEFAULT_METRICS = ("energy", "peak", "IoU", "deletion", "insertion", "ROAD", "drop %", "increase %")
 
 
 def compare(
@@ -117,6 +45,10 @@ def compare(
     metrics: Sequence[str] | Metrics | None = None,
     *,
     masks: Tensor | None = None,
+    other_masks: Tensor | None = None,
+    other_classes: Tensor | Sequence[int] | None = None,
+    absent_classes: Tensor | Sequence[int] | None = None,
+    ceiling: int | None = None,
     preprocess: Callable[[Tensor], Tensor] | None = None,
     target: Target = None,
     patch: int = 1,
@@ -134,6 +66,10 @@ def compare(
         explainers: name -> callable (images, target) -> maps (N, H, W) in [0, 1]; for a SCAN ``scanner.as_explainer()``.
         metrics: names from ``METRICS``, or a dictionary like it with your own metrics; None uses ``DEFAULT_METRICS``.
         masks: (N, H, W) bool, for energy, peak and IoU; ``make_box_masks`` makes them from boxes.
+        other_masks, other_classes: (N, H, W) bool and (N,), a second object in each image and its class. absent_classes: (N,), a
+            class that is not in the image, see ``draw_absent_classes``. They are for the metrics of ``class_specificity``.
+        ceiling: adds the row "ceiling", the order of ``order_patches_greedily`` with this number of patches per round. It shows
+            what deletion can reach, is not an explainer, and takes many runs of the model; the note says how many.
         target: a class or one per image; None is the predicted class. percentiles: see ``compute_road``.
         patch, fill, steps, batch_size: see ``compute_removal_curves``; ROAD has its own fill, drop and increase dim to black.
 
@@ -144,41 +80,74 @@ def compare(
     from tqdm.auto import tqdm
 
     _validate_arguments(images, explainers, steps, patch, batch_size, percentiles)
-    metrics, size, images = _select_metrics(metrics, masks), (images.shape[2], images.shape[3]), at_least_float32(images)
+    given = {"masks": masks, "other_masks": other_masks, "other_classes": other_classes, "absent_classes": absent_classes}
+    metrics = select_metrics(metrics, [name for name, value in given.items() if value is not None])
+    size, images = (images.shape[2], images.shape[3]), at_least_float32(images)
     seeds = itertools.count(seed)  # the random map differs from call to call, the centre prior does not
     baselines: dict[str, ExplainerFunction] = {
         "random": lambda images, target: make_random_maps(len(images), size, next(seeds)).to(images.device),
         "centre prior": lambda images, target: make_centre_maps(len(images), size).to(images.device),
     }
-    if reserved := [name for name in baselines if name in explainers]:
+    if reserved := [name for name in (*baselines, "ceiling") if name in explainers]:
         raise ValueError(f"explainers must not use the names of the baselines, which are always included, got {reserved}")
-    if masks is not None and validate_masks(masks).shape != (len(images), *size):
-        raise ValueError(f"masks must have shape {(len(images), *size)} for these images, got {tuple(masks.shape)}")
+    for name, value in (("masks", masks), ("other_masks", other_masks)):
+        if value is not None and validate_masks(value).shape != (len(images), *size):
+            raise ValueError(f"{name} must have shape {(len(images), *size)} for these images, got {tuple(value.shape)}")
     if is_callable_target(target):
         raise ValueError("target must be a class or one per image, got a callable; compare explains classes only")
     rank_locations(torch.zeros(1, *size, device=images.device), patch)  # raises for a wrong patch before anything is explained
     preprocess = preprocess or return_unchanged
     batch_size = choose_batch_size(images, batch_size, model)
-    options = {"patch": patch, "batch_size": batch_size, "seed": seed}
+    options: dict[str, Any] = {"patch": patch, "batch_size": batch_size, "seed": seed}
     found = Comparison({}, {name: way for name, (way, _) in metrics.items()}, {}, {}, seed=seed)
     kept = f"ROAD keeps {', '.join(f'{p:g}' for p in percentiles)} %; " if any("ROAD" in name for name in metrics) else ""
     found.note = (
         f"{len(images)} images, {'predicted' if target is None else 'given'} class; removed: patches of {patch} px in {steps} "
         f"steps, fill {getattr(fill, '__name__', 'your own').removeprefix('fill_')}; {kept}seed {seed}, "
-        f"{time.strftime('%Y-%m-%d')}; ± is half the bootstrap 95 % interval over the images."
+        f"{time.strftime('%Y-%m-%d')}; ± is half the bootstrap 95 % interval over the images; bold: the best, and ties."
     )
     with torch.no_grad():
         logits = torch.cat([compute_logits(model, prepare_inputs(model, preprocess, x)) for x in images.split(batch_size)])
     classes = resolve_classes(logits, target).to(images.device)
+    of_others = (
+        None if each is None else resolve_classes(logits, each).to(images.device) for each in (other_classes, absent_classes)
+    )
+    other_classes, absent_classes = of_others
     score = build_class_score(model, preprocess, classes)
+    if ceiling is not None:
+        best, runs = order_patches_greedily(
+            score, images, patch, per_round=ceiling, fill=fill, batch_size=batch_size, progress=progress
+        )
+        baselines["ceiling"] = lambda images, target: best
+        found.note += (
+            f" Ceiling: greedy order, {ceiling} patches per round, {runs.float().mean():.0f} runs of the model per image."
+        )
     for name, explainer in tqdm([*explainers.items(), *baselines.items()], "compare", leave=False, disable=not progress):
         if name in baselines:
             maps = explainer(images, classes)
         else:
             maps, found.milliseconds[name] = _explain(name, explainer, images, classes, batch_size)
-        inputs = MetricInputs(explainer, score, images, maps, masks, classes, fill, steps, percentiles, options)
+        inputs = MetricInputs(
+            explainer,
+            score,
+            images,
+            maps,
+            masks,
+            classes,
+            fill,
+            steps,
+            percentiles,
+            options,
+            other_masks,
+            other_classes,
+            absent_classes,
+        )
+        undefined = torch.full((len(images),), torch.nan)  # the ceiling is searched for one class
         try:
-            found.values[name] = {metric: measure(inputs).detach().cpu() for metric, (_, measure) in metrics.items()}
+            found.values[name] = {
+                metric: undefined if name == "ceiling" and metric in OF_OTHER_CLASSES else measure(inputs).detach().cpu()
+                for metric, (_, measure) in metrics.items()
+            }
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         found.curves[name] = {curve: value.cpu() for curve, value in inputs.curves.items()}
@@ -206,19 +175,6 @@ def _validate_arguments(images, explainers, steps, patch, batch_size, percentile
         raise ValueError(f"percentiles must be a list of numbers in [0, 100], got {percentiles!r}")
     for percentile in percentiles:
         validate_percentile(percentile)
-
-
-def _select_metrics(metrics: Sequence[str] | Metrics | None, masks: Tensor | None) -> Metrics:
-    """Return the metrics with these names. Raises ValueError for an unknown name, or if masks are missing."""
-    if metrics is None:
-        metrics = [name for name in DEFAULT_METRICS if masks is not None or name not in METRICS_WITH_MASKS]
-    if not isinstance(metrics, Mapping):
-        if unknown := [name for name in metrics if name not in METRICS]:
-            raise ValueError(f"metrics must be among {', '.join(METRICS)}, got {unknown}")
-        metrics = {name: METRICS[name] for name in metrics}
-    if masks is None and (lacking := [name for name in metrics if name in METRICS_WITH_MASKS]):
-        raise ValueError(f"masks must be (N, H, W) bool for the metrics {lacking}, got None; pass masks or leave these out")
-    return metrics
 
 
 def _explain(name: str, explainer: ExplainerFunction, images: Tensor, classes: Tensor, batch_size: int) -> tuple[Tensor, float]:

@@ -92,11 +92,16 @@ def score_removals(
     select_removed: image indices and steps, (B,) each -> removed locations (B, H, W) bool.
     """
     images, batch_size = at_least_float32(images), choose_batch_size(images, batch_size)
-    filled = fill(images)
-    remove = filled if callable(filled) else lambda index, removed: torch.where(removed[:, None], filled[index], images[index])
+    remove = _build_removal(images, fill)
     pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(steps)).to(images.device)
     batches = (pair.unbind(1) for pair in pairs.split(batch_size))
     return _validate_scores(torch.cat([score(remove(i, select_removed(i, s)), i) for i, s in batches])).view(len(images), steps)
+
+
+def _build_removal(images: Tensor, fill: Fill) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function from indices (B,) and removed locations (B, H, W) bool to images (B, 3, H, W)."""
+    filled = fill(images)
+    return filled if callable(filled) else lambda index, removed: torch.where(removed[:, None], filled[index], images[index])
 
 
 def _validate_scores(scores: Tensor) -> Tensor:
@@ -142,6 +147,64 @@ def compute_removal_curves(
     scores = score_removals(score, images, select_removed, fill, 2 * steps, batch_size)
     deletion = scores[:, : steps + 1]
     return deletion, torch.cat([deletion[:, -1:], scores[:, steps + 1 :], deletion[:, :1]], 1)
+
+
+@torch.no_grad()
+def order_patches_greedily(
+    score: ScoreFunction,
+    images: Tensor,
+    patch: int = 8,
+    *,
+    per_round: int = 1,
+    floor: float = 0.01,
+    fill: Fill = fill_mean,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Order the patches of each image by a greedy search for the steepest deletion curve: what deletion can reach.
+
+    Each round removes every patch that is left, one at a time, on top of those removed before, and keeps the ``per_round``
+    removals with the lowest score. Once the score of an image is below ``floor`` times its first score, or nothing is left, its
+    search ends; the other patches follow in the order of their scores in the last round.
+
+    Args:
+        score, images, patch, fill, batch_size: see ``compute_removal_curves``.
+
+    Returns:
+        Maps (N, H, W) in [0, 1], highest where a patch is removed first, and the runs of the model per image, (N,) int64.
+    """
+    from tqdm.auto import tqdm
+
+    if per_round < 1 or not 0 <= floor < 1:
+        raise ValueError(f"per_round must be at least 1 and floor in [0, 1), got {per_round} and {floor}")
+    images, batch_size = at_least_float32(images), choose_batch_size(images, batch_size)
+    patches, count = rank_locations(torch.zeros_like(images[:, 0])[:1], patch)
+    patches, remove = patches[0].long(), _build_removal(images, fill)  # (H, W): the number of the patch of each pixel
+    everything, nothing = torch.arange(len(images), device=images.device), torch.full_like(patches.flatten()[:1], count)
+    removed = torch.zeros(len(images), count + 1, dtype=torch.bool, device=images.device)  # the last column is no patch
+    ranks, runs = torch.zeros(len(images), count, device=images.device), torch.zeros_like(everything)
+
+    def measure(owners: Tensor, trials: Tensor) -> Tensor:  # images (B,), and a patch (B,) that is removed as well -> (B,)
+        runs.index_add_(0, owners, torch.ones_like(owners))
+        parts = zip(owners.split(batch_size), trials.split(batch_size), strict=True)
+        scores = [score(remove(i, removed[i].scatter(1, k[:, None], True)[:, patches]), i) for i, k in parts]
+        return _validate_scores(torch.cat(scores))
+
+    first, active = measure(everything, nothing.expand(len(images))), everything
+    with tqdm(total=len(images), desc="greedy order", leave=False, disable=not progress) as bar:
+        while len(active):
+            left, done = ~removed[active, :count], removed[active, :count].sum(1, keepdim=True)
+            owners, trials = left.nonzero().unbind(1)
+            scores = first.new_full(left.shape, torch.inf)
+            scores[owners, trials] = measure(active[owners], trials)
+            order = done + scores.argsort(dim=1, stable=True).argsort(1)  # the place of each patch that is left
+            ranks[active] = torch.where(left, order.to(ranks.dtype), ranks[active])
+            removed[active, :count] = ~left | (order < done + per_round)
+            lowest = measure(active, nothing.expand(len(active)))
+            ended = (lowest <= floor * first[active]) | removed[active, :count].all(1)
+            bar.update(int(ended.sum()))
+            active = active[~ended]
+    return 1 - (ranks / max(1, count - 1))[:, patches], runs
 
 
 def compute_auc(curves: Tensor) -> Tensor:

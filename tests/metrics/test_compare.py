@@ -14,14 +14,18 @@ from scanlib.metrics import (
     compute_energy_inside,
     compute_max_sensitivity,
     compute_removal_curves,
+    draw_absent_classes,
     make_box_masks,
     make_random_maps,
     randomise_parameters,
 )
 from scanlib.metrics.compare import METRICS, compare
+from scanlib.metrics.definitions import NEEDED
 from scanlib.metrics.removal import score_dimmed_images
 from scanlib.metrics.road import compute_road
 from scanlib.metrics.stability import compute_infidelity
+
+OF_ONE_CLASS = [name for name in METRICS if NEEDED.get(name, ("masks",)) == ("masks",)]
 
 
 @pytest.fixture
@@ -36,11 +40,11 @@ def scene():
 def test_values_equal_those_of_the_metric_functions(scene):
     model, images, masks = scene
     explainer = GradCAM(model, "layer3")
-    found = compare(model, images, {"Grad-CAM": explainer}, list(METRICS), masks=masks, batch_size=2, progress=False)
+    found = compare(model, images, {"Grad-CAM": explainer}, OF_ONE_CLASS, masks=masks, batch_size=2, progress=False)
     classes = model(images).argmax(1)
     maps = explainer(images, classes)
     score = build_class_score(model, lambda x: x, classes)
-    assert list(found.values) == ["Grad-CAM", "random", "centre prior"] and list(found.values["random"]) == list(METRICS)
+    assert list(found.values) == ["Grad-CAM", "random", "centre prior"] and list(found.values["random"]) == OF_ONE_CLASS
     torch.testing.assert_close(found.maps["Grad-CAM"], maps, atol=1e-4, rtol=0)
     torch.testing.assert_close(found.values["Grad-CAM"]["energy"], compute_energy_inside(maps, masks), atol=1e-4, rtol=0)
     torch.testing.assert_close(found.values["random"]["energy"], compute_energy_inside(make_random_maps(5, (32, 32)), masks))
@@ -94,7 +98,10 @@ def test_markdown_and_csv(scene, tmp_path):
     assert text == (tmp_path / "table.md").read_text("utf-8") == found._repr_markdown_() == str(found)
     lines = text.splitlines()
     assert lines[0] == "| map | energy (high) | drop % (low) | ms per image |" and len(lines) == 8
-    assert sum(line.count("**") for line in lines) == 4 and "centre prior" in lines[5] and lines[5].endswith("| - |")
+    assert [sum(line.split(" | ")[column].count("**") for line in lines[2:6]) for column in (1, 2)] == [
+        2 * len(found.leaders(metric)) for metric in ("energy", "drop %")
+    ]
+    assert "centre prior" in lines[5] and lines[5].endswith("| - |")
     assert "5 images" in lines[7] and "seed 0" in lines[7] and "patches of 4 px in 10 steps, fill mean" in lines[7]
     found.to_csv(tmp_path / "table.csv")
     rows = list(csv.DictReader(open(tmp_path / "table.csv", encoding="utf-8")))
@@ -196,9 +203,9 @@ def test_maps_of_another_size_and_constant_maps(scene):
     model, images, masks = scene
     odd = {"coarse": lambda x, target: x[:, 0, ::4, ::4] / 255, "constant": lambda x, target: torch.ones(len(x), 32, 32)}
     with pytest.warns(UserWarning, match=r"maps of \(8, 8\) are resized"):
-        found = compare(model, images, odd, list(METRICS), masks=masks, progress=False, steps=2, percentiles=(50,))
+        found = compare(model, images, odd, OF_ONE_CLASS, masks=masks, progress=False, steps=2, percentiles=(50,))
     assert found.maps["coarse"].shape == (5, 32, 32)
-    assert all(found.values[name][metric].isfinite().all() for name in odd for metric in METRICS)
+    assert all(found.values[name][metric].isfinite().all() for name in odd for metric in OF_ONE_CLASS)
     assert found.values["constant"]["energy"].tolist() == pytest.approx([256 / 1024] * 5)
 
 
@@ -238,7 +245,7 @@ def test_images_of_any_number_of_channels(channels):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
     images, masks = 255 * torch.rand(3, channels, 24, 40), torch.rand(3, 24, 40) > 0.7
-    table = compare(model, images, {"Grad-CAM": GradCAM(model, "0")}, list(METRICS), masks=masks, progress=False)
+    table = compare(model, images, {"Grad-CAM": GradCAM(model, "0")}, OF_ONE_CLASS, masks=masks, progress=False)
     assert all(value.isfinite().all() for value in table.values["Grad-CAM"].values())
 
 
@@ -262,3 +269,89 @@ def test_maps_of_nan_have_no_sensitivity(first):
     explain = lambda images, target: torch.full((len(images), 8, 8), 0.5 if next(calls) < first else math.nan)  # noqa: E731
     with pytest.raises(ValueError, match="maps must be finite"):
         compute_max_sensitivity(explain, torch.rand(2, 3, 8, 8), [0, 1])
+
+
+@pytest.fixture
+def pairs():
+    """Five images with two objects, and an explainer that knows what it is asked."""
+    torch.manual_seed(0)
+    masks, others = torch.zeros(5, 16, 16, dtype=torch.bool), torch.zeros(5, 16, 16, dtype=torch.bool)
+    masks[:, 2:6, 2:6], others[:, 9:15, 9:15] = True, True
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4)).eval()
+
+    def explain(images, target):
+        fitting = {0: masks[0].float(), 1: others[0].float(), 2: torch.zeros(16, 16), 3: 0.5 + 0 * masks[0].float()}
+        return torch.stack([fitting[k] for k in target.tolist()])
+
+    return model, torch.rand(5, 3, 16, 16) * 255, masks, others, explain
+
+
+def test_class_specificity_known_values(pairs):
+    model, images, masks, others, explain = pairs
+    options = {"masks": masks, "other_masks": others, "other_classes": [1] * 5, "absent_classes": [1, 1, 2, 3, 0]}
+    found = compare(model, images, {"fitting": explain}, target=0, progress=False, **options)
+    names = ("energy", "energy in other", "asked denser", "absent energy")
+    assert [found.values["fitting"][name].tolist() for name in names[:3]] == [[1] * 5, [0] * 5, [1] * 5]
+    assert found.values["fitting"]["absent energy"].tolist() == [0, 0, 0, 16 / 256, 1]
+    p, q = 16 / 256, 36 / 256  # two disjoint rectangles: -sqrt(p q / ((1 - p) (1 - q)))
+    apart = -((p * q / (1 - p) / (1 - q)) ** 0.5)
+    assert found.values["fitting"]["other correlation"].tolist() == pytest.approx([apart] * 5)
+    absent = found.values["fitting"]["absent correlation"]
+    assert absent[[0, 1, 4]].tolist() == pytest.approx([apart, apart, 1]) and absent[2:4].isnan().all()
+    assert found.mean("fitting", "absent correlation") == pytest.approx((2 * apart + 1) / 3)
+    assert found.values["centre prior"]["other correlation"].tolist() == pytest.approx([1] * 5)
+    assert abs(found.mean("random", "other correlation")) < 0.1
+    reverse = compare(model, images, {"fitting": explain}, target=1, progress=False, **options | {"other_classes": [0] * 5})
+    assert reverse.values["fitting"]["asked denser"].tolist() == [0] * 5 and reverse.mean("fitting", "energy in other") == 1
+    flat = compare(model, images, {"fitting": explain}, ["asked denser"], target=3, progress=False, **options)
+    assert flat.values["fitting"]["asked denser"].tolist() == [0.5] * 5
+
+
+def test_class_specificity_needs_its_arguments(pairs):
+    model, images, masks, others, explain = pairs
+    for name, arguments, message in (
+        ("asked denser", {"masks": masks}, r"other_masks must be \(N, H, W\) bool for the metrics \['asked denser'\], got None"),
+        ("other correlation", {}, "other_classes must be one class per image for the metrics"),
+        ("absent energy", {"masks": masks}, "absent_classes must be one class per image for the metrics"),
+        ("absent correlation", {"absent_classes": [1]}, "got 1 classes for 5 images"),
+        ("asked denser", {"masks": masks, "other_masks": others[:4]}, "other_masks must have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(model, images, {"fitting": explain}, [name], progress=False, **arguments)
+
+
+def test_absent_classes_are_absent():
+    labels = torch.tensor([[0, 1], [2, 3], [3, 3]] * 50)
+    drawn = draw_absent_classes(labels, 4, seed=1)
+    assert not (drawn[:, None] == labels).any() and set(drawn[2::3].tolist()) == {0, 1, 2}
+    assert draw_absent_classes(labels[:, 0], 4).shape == (150,)
+    assert torch.equal(drawn, draw_absent_classes(labels, 4, seed=1))
+    for wrong, message in (
+        (torch.tensor([[0, 1]]), "all 2 classes for image 0"),
+        (torch.tensor([5]), "labels must be from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw_absent_classes(wrong, 2)
+
+
+def test_ceiling_is_a_row_that_does_not_lead(scene):
+    model, images, _ = scene
+    explainers = {"Grad-CAM": GradCAM(model, "layer3")}
+    found = compare(model, images, explainers, ["deletion", "absent correlation"], absent_classes=[1] * 5, ceiling=4, patch=8)
+    assert list(found.values) == ["Grad-CAM", "random", "centre prior", "ceiling"] and "runs of the model per image" in found.note
+    lowest = found.mean("ceiling", "deletion")
+    assert all(lowest < found.mean(name, "deletion") for name in ("Grad-CAM", "random", "centre prior"))
+    assert found.leader("deletion") != "ceiling" and "ceiling" not in found.leaders("deletion")
+    assert found.values["ceiling"]["absent correlation"].isnan().all()
+    with pytest.raises(ValueError, match="names of the baselines"):
+        compare(model, images, {"ceiling": explainers["Grad-CAM"]}, progress=False)
+
+
+def test_leaders_are_all_that_tie_with_the_best():
+    torch.manual_seed(0)
+    base = torch.rand(200)
+    noise = torch.randn(200) * 0.01
+    values = {"best": base, "tie": base + noise - noise.mean() - 0.0001, "worse": base - 0.05, "all nan": base * torch.nan}
+    table = Comparison({name: {"own": value} for name, value in values.items()}, {"own": 1}, {}, {})
+    assert table.leaders("own") == ["best", "tie"]  # "worse" is within the interval of the mean, but lower on every image
+    assert abs(table.interval("best", "own")[0] - table.mean("best", "own")) < 0.05

@@ -20,6 +20,7 @@ from scanlib.metrics import (
     fill_mean,
     make_centre_maps,
     make_random_maps,
+    order_patches_greedily,
     score_dimmed_images,
 )
 from scanlib.metrics.removal import rank_locations
@@ -283,3 +284,38 @@ def test_steps_must_be_positive():
         compute_removal_curves(
             lambda images, indices: images.mean((1, 2, 3)), torch.rand(1, 3, 4, 4), torch.rand(1, 4, 4), steps=0
         )
+
+
+def test_greedy_order_of_known_weights():
+    """The score is a weighted sum of patches: the greedy order is that of the weights, and it is the best one."""
+    weights = torch.rand(3, 16, generator=torch.Generator().manual_seed(0)).argsort(1).double() + 1
+    images = torch.ones(3, 3, 8, 8, dtype=torch.float64)
+
+    def score(changed, index):
+        shown = changed[:, 0, ::2, ::2].flatten(1)
+        return (shown * weights[index]).sum(1) / weights.sum(1)[index]
+
+    maps, runs = order_patches_greedily(score, images, 2, fill=fill_black, floor=0)
+    assert torch.equal(maps[:, ::2, ::2].flatten(1).argsort(1), weights.argsort(1))
+    assert maps.amin() == 0 and maps.amax() == 1 and runs.tolist() == [1 + 16 * 17 // 2 + 16] * 3
+    for options in ({"per_round": 4, "floor": 0}, {"per_round": 3, "floor": 0.5}, {"batch_size": 5}):
+        again, fewer = order_patches_greedily(score, images, 2, fill=fill_black, **options)
+        assert (torch.equal(again, maps) and (fewer < runs).all()) or "batch_size" in options  # no patch changes another's effect
+
+
+def test_greedy_order_finds_two_patches_that_replace_each_other():
+    def score(changed, index):  # either of both patches is enough: alone neither lowers the score
+        return torch.maximum(changed[:, 0, 0, 0], 0.9 * changed[:, 0, 6, 6]) + 0.01 * changed[:, 0, 4, 0]
+
+    maps, _ = order_patches_greedily(score, torch.ones(1, 3, 8, 8), 2, fill=fill_black)
+    order = maps[0, ::2, ::2].flatten().argsort(descending=True).tolist()
+    assert order[:2] == [0, 15]
+    deletion, _ = compute_removal_curves(score, torch.ones(1, 3, 8, 8), maps, patch=2, steps=16, fill=fill_black)
+    torch.testing.assert_close(deletion[0, :3], torch.tensor([1.01, 0.91, 0.01]))
+
+
+def test_greedy_order_refuses_wrong_arguments_and_takes_images_without_a_score():
+    with pytest.raises(ValueError, match="per_round must be at least 1"):
+        order_patches_greedily(known_score, torch.zeros(1, 3, 4, 4), 2, per_round=0)
+    maps, _ = order_patches_greedily(known_score, torch.zeros(2, 3, 5, 4), 2)
+    assert maps.shape == (2, 5, 4) and maps.isfinite().all() and maps.amax() == 1
