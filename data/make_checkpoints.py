@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +54,17 @@ def train_classifier(name: str, build: Callable[[], nn.Module], scenes: int, epo
 
 
 def train_decoder(
-    name: str, alpha: float, epochs: int, batch_size: int, rate: float, percentiles: tuple[int, int], mask_by: str = "gradient"
+    name: str,
+    alpha: float,
+    epochs: int,
+    batch_size: int,
+    rate: float,
+    percentiles: tuple[int, int],
+    mask_by: str = "gradient",
+    seed: int = 0,
+    path: Path | None = None,
 ) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     classifier = load_classifier(name)
     loader = DataLoader(draw_scenes(3000), batch_size=batch_size, shuffle=True)
     scanner = SCAN(classifier.model, classifier.layer, classifier.image_size, device="cpu", mask_by=mask_by)
@@ -63,9 +72,9 @@ def train_decoder(
     scanner.generate_decoder(is_Transformer=False)
     schedule = {"max_lr": rate, "total_steps": epochs * len(loader)}
     scanner.compile(alpha, scheduler_class=OneCycleLR, scheduler_kwargs=schedule, scheduler_interval="step")
-    scanner.fit(epochs)
+    scanner.fit(epochs, seed=seed)
     notes = {"model": name, "weights": "DEFAULT", "layer": classifier.layer}
-    scanner.save_decoder(CHECKPOINTS / f"{name}_decoder.pt", half=True, notes=notes)
+    scanner.save_decoder(path or CHECKPOINTS / f"{name}_decoder.pt", half=True, notes=notes)
 
 
 def train_scouter(head: str) -> None:
@@ -80,7 +89,7 @@ RECIPES = {
     # alpha 6 allows a map of 1/7 of the image; a sign covers about a tenth
     "signs_cnn_decoder": partial(train_decoder, "signs_cnn", 6.0, 4, 16, 8e-3, (70, 100)),
     "signs_vit": partial(train_classifier, "signs_vit", build_small_vit, 10_000, 9, 1e-3, mirror=True),
-    "signs_vit_decoder": partial(train_decoder, "signs_vit", 8.0, 6, 32, 5e-3, (90, 100), "relevance"),
+    "signs_vit_decoder": partial(train_decoder, "signs_vit", 8.0, 6, 32, 5e-3, (90, 100), mask_by="relevance"),
     "signs_scouter_positive": partial(train_scouter, "positive"),
     "signs_scouter_negative": partial(train_scouter, "negative"),
 }

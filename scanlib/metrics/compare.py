@@ -74,7 +74,7 @@ def compare(
         patch, fill, steps, batch_size: see ``compute_removal_curves``; ROAD has its own fill, drop and increase dim to black.
 
     All explainers get the same images, classes, patches, noise and order of ties, so that they can be compared image by image.
-    The time is that of one pass over the images in batches, after one batch to warm up. Raises ValueError for wrong arguments
+    The time is that of one pass over the images in batches, after one image to warm up. Raises ValueError for wrong arguments
     and for maps outside [0, 1], TypeError for an explainer that does not return maps.
     """
     from tqdm.auto import tqdm
@@ -180,7 +180,7 @@ def _validate_arguments(images, explainers, steps, patch, batch_size, percentile
 def _explain(name: str, explainer: ExplainerFunction, images: Tensor, classes: Tensor, batch_size: int) -> tuple[Tensor, float]:
     """Return maps in [0, 1] at the images' size, and the milliseconds per image. Error messages start with the name."""
     batches = list(zip(images.split(batch_size), classes.split(batch_size), strict=True))
-    run_explainer(explainer, *batches[0])
+    run_explainer(explainer, images[:1], classes[:1])
     start = _read_clock()
     maps = torch.cat([run_explainer(explainer, *batch) for batch in batches])
     milliseconds = 1000 * (_read_clock() - start) / len(images)

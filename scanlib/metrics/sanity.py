@@ -20,12 +20,16 @@ from scanlib.targets import Target, select_targets
 
 
 class RandomisationResult(NamedTuple):
-    """Result of ``randomise_parameters``: stages (K + 1), first "trained"; metrics (K + 1, N); maps (K + 1, N, H, W)."""
+    """Result of ``randomise_parameters``: stages (K + 1), first "trained"; metrics (K + 1, N); maps (K + 1, N, H, W).
+
+    blank: (K + 1, N) bool, which maps are constant. Both metrics are nan there: nothing can be said of such a map.
+    """
 
     stages: list[str]
     rank_correlation: Tensor
     ssim: Tensor
     maps: Tensor
+    blank: Tensor
 
 
 def list_parameter_groups(model: nn.Module, at_least: int = 6) -> list[str]:
@@ -109,13 +113,16 @@ def randomise_parameters(
     for stage, changed in iterate_randomised_models(model, stages, cascading, seed):
         names.append(stage)
         maps.append(explain(changed))
+    blank = torch.stack([each.flatten(1).amax(1) == each.flatten(1).amin(1) for each in maps])
     ranks, ssim = (torch.stack([measure(maps[0], each) for each in maps]) for measure in (compute_rank_correlation, compute_ssim))
-    return RandomisationResult(names, ranks, ssim, torch.stack(maps))
+    return RandomisationResult(names, ranks, ssim.masked_fill(blank | blank[0], torch.nan), torch.stack(maps), blank)
 
 
 def compute_rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Compute Spearman's correlation of maps (N, H, W), (N,) in [-1, 1]; ties share their mean rank; 0 where one is constant."""
-    return compute_correlation(*(_compute_ranks(x.flatten(1)) for x in (a, b)))
+    """Compute Spearman's correlation of maps (N, H, W), (N,) in [-1, 1]; ties share their mean rank; nan if one is constant."""
+    constant = [x.flatten(1).amax(1) == x.flatten(1).amin(1) for x in (a, b)]
+    ranks = (_compute_ranks(x.flatten(1)) for x in (a, b))
+    return compute_correlation(*ranks).masked_fill(constant[0] | constant[1], torch.nan)
 
 
 def _compute_ranks(x: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ from scanlib.metrics.sanity import randomise_tensors
 def test_rank_correlation_known_values():
     a = torch.tensor([[[1.0, 2], [3, 4]]] * 3)
     b = torch.tensor([[[10.0, 20], [40, 30]], [[-1.0, -2], [-3, -4]], [[7.0, 7], [7, 7]]])
-    assert compute_rank_correlation(a, b).tolist() == pytest.approx([0.8, -1, 0], abs=1e-6)  # 1 - 6 * 2 / (4 * 15)
+    assert compute_rank_correlation(a, b).tolist() == pytest.approx(
+        [0.8, -1, torch.nan], abs=1e-6, nan_ok=True
+    )  # 1 - 6 * 2 / (4 * 15)
     assert compute_rank_correlation(a, a.exp()).tolist() == pytest.approx([1, 1, 1])  # only ranks count
 
 
@@ -129,3 +131,19 @@ def test_randomise_parameters_detects_a_map_of_the_image_only():
         assert (found.rank_correlation[1:].mean(1) < 0.95).any() and (found.ssim[-1] < 0.95).all()
     torch.testing.assert_close(model.state_dict(), state)
     assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_blank_maps_have_no_correlation():
+    torch.manual_seed(0)
+    model, images = SmallResNet().eval(), torch.rand(3, 3, 32, 32) * 255
+
+    def build(net):
+        empty = not torch.equal(net.head.weight, model.head.weight)  # blank for the second image once the head is random
+        keep = torch.tensor([1.0, 0.0, 1.0] if empty else [1.0, 1.0, 1.0])
+        return lambda x, target: x.mean(1) / 255 * keep[:, None, None]
+
+    found = randomise_parameters(build, model, images, [0, 1, 2], stages=["layer1", "head"])
+    assert found.blank.tolist() == [[False] * 3, [False] * 3, [False, True, False]]
+    for metric in (found.rank_correlation, found.ssim):
+        assert metric.isnan().tolist() == found.blank.tolist()
+        assert metric[~found.blank].tolist() == pytest.approx([1] * 8, abs=1e-5)
