@@ -62,7 +62,7 @@ def compute_implicit_bias(module: Any) -> Tensor | None:
     return None if bias is None or bias.ndim != 1 else bias.detach()
 
 
-def _infer_layout(module: Any, output: Tensor, size: tuple[int, ...], channels: int) -> Layout:
+def infer_output_layout(module: Any, output: Tensor, size: tuple[int, ...], channels: int) -> Layout:
     """Return the layout of a layer's output for an input of ``size``. Raises ValueError if it has no grid over the image.
 
     Channels are last behind a Linear or LayerNorm, first behind other layers and behind a LayerNorm for maps (N, C, h, w).
@@ -126,7 +126,7 @@ class FullGrad(Explainer):
             layout, is_known = None, len(output) == len(inputs) and output.ndim < 3
             if not is_known:
                 try:
-                    layout = _infer_layout(module, output, size, len(bias))
+                    layout = infer_output_layout(module, output, size, len(bias))
                     is_known = len(output) == len(inputs) and layout.channels == len(bias)
                 except ValueError:
                     is_known = output.numel() == len(inputs) * len(bias)  # a single location, such as a class token

@@ -1,9 +1,10 @@
 """Libra: input times LibraGrad's gradient, summed over the inputs of all blocks.
 
     map = sum over blocks l, channels c of x_lc * dy/dx_lc          gradients as in ``libra``
+        + sum over layers m, channels c of b_mc * dy/dz_mc          with biases=True; z_m is the output of layer m
 
 It needs one forward and one backward pass, and no training. Within ``libra`` the products of every block, prefix tokens and
-biases included, add up to the score. Mehri, Baghshah, Pilehvar 2025, arXiv 2411.16760 (FullGrad+ without the biases).
+biases included, add up to the score. Mehri, Baghshah, Pilehvar 2025, arXiv 2411.16760 (FullGrad+, with and without biases).
 
     maps = Libra(model, preprocess=preprocess)(images)              # (N, 3, H, W) in [0, 255] -> (N, H, W) in [0, 1]
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from scanlib.explainers.base import Explainer, at_least_float32, resize_map
+from scanlib.explainers.fullgrad import BIASED_LAYERS, compute_implicit_bias, infer_output_layout
 from scanlib.hooks import check_finite, differentiate
 from scanlib.layers import make_eval_copy, resolve_layer
 from scanlib.structure.default_layer import HEAD_NAMES
@@ -58,6 +60,7 @@ class Libra(Explainer):
     Args:
         target_layer: the blocks whose inputs are read, as a name, module, index or a list of them. None reads the blocks of
             ``find_blocks``.
+        biases: True adds the contribution of the biases of all layers, where it has a location in the image.
         libra: False takes the plain gradient, to compare with.
 
     Inputs without a spatial extent are left out. Inputs of a coarser grid are resized to the finest, so that their sum stays.
@@ -67,19 +70,32 @@ class Libra(Explainer):
 
     needs_gradient = True
 
-    def __init__(self, model: nn.Module, target_layer=None, preprocess: Callable | None = None, *, libra: bool = True, **options):
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer=None,
+        preprocess: Callable | None = None,
+        *,
+        biases: bool = False,
+        libra: bool = True,
+        **options,
+    ):
         super().__init__(model, target_layer, preprocess, libra=libra, **options)
+        self.biases = biases
         layers = target_layer if isinstance(target_layer, (list, tuple)) else [target_layer]
         self.blocks = find_blocks(model) if target_layer is None else [resolve_layer(model, layer)[0] for layer in layers]
         if not self.blocks:
             raise ValueError(f"{type(model).__name__} has no blocks; pass target_layer, a block or a list of blocks")
 
     def _compute_maps(self, inputs: Tensor, target) -> Tensor:
+        of_biases: list[Tensor] = []
         with torch.enable_grad():
-            tensors, logits = self._record_inputs(inputs.detach().clone().requires_grad_())
+            start = inputs.detach().clone().requires_grad_()
+            tensors, logits = self._record_inputs(start, of_biases if self.biases else None)
             score = compute_scores(logits, target).sum()
             names = list(tensors)
-            found = differentiate(score, [tensors[name] for name in names], allow_unused=True) if score.requires_grad else ()
+            ends = [*(tensors[name] for name in names), *([start] if self.biases else [])]
+            found = differentiate(score, ends, allow_unused=True) if score.requires_grad else ()
         products = {
             name: at_least_float32(tensors[name].detach()) * check_finite(gradient, f"the gradient at block {name!r} holds")
             for name, gradient in zip(names, found, strict=False)
@@ -96,13 +112,17 @@ class Libra(Explainer):
             seen = ", ".join(self.blocks[:3])
             raise ValueError(f"no input of {seen} has a spatial extent and a gradient; pass target_layer")
         size = max((each.shape[1:] for each in maps), key=math.prod)
+        maps += of_biases
         total = torch.zeros(len(inputs), *size, dtype=maps[0].dtype, device=maps[0].device)
         for each in maps:
-            total += resize_map(each, size) * (math.prod(each.shape[1:]) / math.prod(size))
+            total += resize_map(each, size).to(total.dtype) * (math.prod(each.shape[1:]) / math.prod(size))
         return total
 
-    def _record_inputs(self, inputs: Tensor) -> tuple[dict[str, Tensor], Any]:
-        """Run a copy of the model. Return the first tensor that each block gets, and the logits."""
+    def _record_inputs(self, inputs: Tensor, of_biases: list[Tensor] | None = None) -> tuple[dict[str, Tensor], Any]:
+        """Run a copy of the model. Return the first tensor that each block gets, and the logits.
+
+        of_biases: gets a map (N, h, w) of each bias when the score is differentiated.
+        """
         tensors: dict[str, Tensor] = {}
 
         def record(name: str, module: nn.Module, arguments: tuple, named: dict) -> None:
@@ -111,6 +131,10 @@ class Libra(Explainer):
                 tensors[name] = given
 
         copy = make_eval_copy(self.model)
+        if of_biases is not None:
+            for module in copy.modules():
+                if isinstance(module, BIASED_LAYERS):
+                    module.register_forward_hook(partial(_watch_bias, of_biases, inputs))
         for name in self.blocks:
             copy.get_submodule(name).register_forward_pre_hook(partial(record, name), with_kwargs=True)
         with delay_interrupts(), self._change_gradients():
@@ -120,3 +144,17 @@ class Libra(Explainer):
     @torch.no_grad()
     def _run_to(self, name: str, inputs: Tensor) -> Tensor:
         return self._record_inputs(inputs)[0][name]
+
+
+def _watch_bias(maps: list[Tensor], inputs: Tensor, module: nn.Module, _, output: Any) -> None:
+    """Add the map of the bias of a layer to ``maps``, once the gradient at its output is known."""
+    output, bias = output[0] if isinstance(output, tuple) else output, compute_implicit_bias(module)
+    if bias is None or not output.requires_grad or len(output) != len(inputs):
+        return
+    try:
+        layout = infer_output_layout(module, output, tuple(inputs.shape[2:]), len(bias))
+    except ValueError:
+        return  # no location in the image
+    if layout.channels == len(bias) and math.prod(layout.grid) > 1:
+        contribute = partial(torch.einsum, "c,nc...->n...", at_least_float32(bias))
+        output.register_hook(lambda gradient: maps.append(contribute(at_least_float32(layout.to_maps(gradient)))))

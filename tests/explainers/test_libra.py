@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -106,3 +107,43 @@ def test_logits_in_float32_stay_close():
     with libra(vit):
         found = vit(IMAGES.float())
     torch.testing.assert_close(found, vit(IMAGES.float()), atol=1e-6, rtol=1e-6)
+
+
+def test_biases_complete_the_sum():
+    """Input x gradient at the first block and the biases behind it add up to the logit, for a model without a class token."""
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6)
+
+        def forward(self, x):
+            return x + self.down(F.gelu(self.up(self.norm(x))))
+
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.blocks, self.head = (
+                nn.Conv2d(3, 6, 4, 4),
+                nn.Sequential(Block(), Block()),
+                nn.Linear(6, 5, bias=False),
+            )
+
+        def forward(self, x):
+            return self.head(self.blocks(self.embed(x).flatten(2).mT).mean(1))
+
+    model = Mixer().double().eval()
+    images = torch.rand(2, 3, 16, 12, dtype=torch.float64)
+    with_biases = Libra(model, "blocks.0", biases=True)(images, target=3, normalize=False)
+    without = Libra(model, "blocks.0")(images, target=3, normalize=False)
+    embedded = model.embed.bias  # before the block: counted in its input, and once more as a bias
+    with libra(model):
+        start = model.embed(images).detach().requires_grad_()
+        logits = model.head(model.blocks(start.flatten(2).mT).mean(1))[:, 3]
+    (gradient,) = torch.autograd.grad(logits.sum(), start)
+    first = torch.einsum("c,nc...->n", embedded, gradient)
+    assert without.shape == with_biases.shape == (2, 4, 3)
+    torch.testing.assert_close(without.sum((1, 2)), (start * gradient).sum((1, 2, 3)).detach())
+    torch.testing.assert_close(with_biases.sum((1, 2)) - first.detach(), logits.detach(), atol=1e-9, rtol=0)
+    assert (without.sum((1, 2)) - logits).abs().min() > 1e-3
