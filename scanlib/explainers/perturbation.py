@@ -26,6 +26,7 @@ from scanlib.explainers.base import (
     at_least_float32,
     choose_batch_size,
     full_precision,
+    normalize_map,
     resize_map,
     scale_to_unit_range,
 )
@@ -205,7 +206,10 @@ class _InputPerturbation(InputExplainer):
         for pairs in torch.arange(len(inputs) * count, device=inputs.device).split(choose_batch_size(inputs, self.batch_size)):
             owners, versions = pairs // count, pairs % count
             outputs = run_copy(copy, change(owners, versions), self.output)
-            outputs = outputs.float().softmax(1) if probability and not is_callable_target(target) else outputs
+            if probability and not is_callable_target(target):
+                if outputs.shape[1] == 1:
+                    raise ValueError("target must be a callable for a model with a single output, whose probability is always 1")
+                outputs = at_least_float32(outputs).softmax(1)
             yield owners, versions, at_least_float32(compute_scores(outputs, select_targets(target, owners)))
 
 
@@ -257,6 +261,9 @@ class RISE(_InputPerturbation):
         for owners, _, scores in self._score_changed(inputs, target, self.masks, change, probability=True):
             maps.index_add_(0, owners, drawn["masks"] * scores.to(maps.dtype).view(-1, *[1] * len(size)))
         return maps / (self.masks * self.probability)
+
+    def _normalize(self, maps, size):
+        return normalize_map(maps, size)  # a callable target may be negative everywhere: only differences count
 
 
 def _enlarge_masks(grid: Tensor, shifts: Tensor, size: Sequence[int]) -> Tensor:

@@ -44,7 +44,7 @@ def test_rise_equals_a_loop_over_masks(model, images):
         mask = whole[dy : dy + 12, dx : dx + 10]
         for i in range(3):
             expected[i] += model((scale(images[i]) * mask)[None]).softmax(1)[0, i] * mask
-    torch.testing.assert_close(found, expected / (30 * 0.3), atol=1e-6, rtol=1e-6)  # the softmax is taken in float32
+    torch.testing.assert_close(found, expected / (30 * 0.3))
 
 
 def test_rise_draws_cells_with_the_chance_asked_for_and_shifts_below_a_cell(model):
@@ -125,3 +125,21 @@ def test_signals_and_volumes_have_maps_of_their_size(method):
 def test_wrong_arguments_are_named(model, images, method, options, message):
     with pytest.raises(ValueError, match=message):
         method(model, preprocess=scale, **options)(images)
+
+
+def test_rise_refuses_the_probability_of_a_single_output():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 1)).eval()
+    with pytest.raises(ValueError, match="target must be a callable for a model with a single output"):
+        RISE(model, masks=4)(torch.rand(1, 3, 8, 8), 0)
+    maps = RISE(model, masks=40)(torch.rand(2, 3, 8, 8), lambda output: output[0])
+    assert (maps.flatten(1).amax(1) == 1).all()
+
+
+def test_rise_takes_scores_that_are_negative_everywhere():
+    class Corner(nn.Module):
+        def forward(self, x):
+            return x[:, :, :8, :8].mean((1, 2, 3))[:, None] - 2
+
+    images = torch.full((1, 3, 32, 32), 255.0)
+    (found,) = RISE(Corner(), preprocess=lambda x: x / 255, masks=3000)(images, lambda output: output[0])
+    assert found.amax() == 1 and found[:8, :8].mean() > found[16:, 16:].mean() + 0.1
