@@ -20,7 +20,7 @@ from scanlib.explainers import explain_log_probability
 from scanlib.metrics import Comparison, compute_auc, compute_removal_curves, fill_blur, make_centre_maps, make_random_maps
 from scanlib.metrics.removal import order_patches_greedily
 
-FEW, MASKS, SAMPLES, PER_ROUND = 30, 1000, 50, 22  # 22 of 196 patches are one step of the curve
+FEW, MASKS, SAMPLES, PER_ROUND = 30, 1000, 30, 8
 MEASURES = {"deletion, blur": -1, "insertion, blur": 1}
 
 

@@ -170,7 +170,7 @@ def plot_intervals(comparison: Any, metrics: Sequence[str] = (), width: float = 
     figure.set_size_inches(width * len(metrics) + 1.2, 0.19 * len(names) + 0.7)
     for axis, metric in zip(axes[0], metrics, strict=True):
         for row, name in enumerate(names):
-            colour = "0.6" if name in ("random", "centre prior") else colormaps["cividis"](0.15)
+            colour = "0.6" if name in ("random", "centre prior", "ceiling") else colormaps["cividis"](0.15)
             axis.plot(comparison.interval(name, metric), [row, row], color=colour, lw=2)
             axis.plot(comparison.mean(name, metric), row, "o", color=colour, ms=4)
         axis.set_title(f"{metric} ({'high' if comparison.better[metric] > 0 else 'low'})", fontsize=9)
