@@ -31,7 +31,6 @@ def list_rows(bench: Bench) -> dict:
         "random": lambda x, k: make_random_maps(len(x), (224, 224)),
         "centre prior": lambda x, k: make_centre_maps(len(x), (224, 224)),
         "GradCAM": scanlib.GradCAM(bench.model, **own),
-        f"ExpectedGradients, {SAMPLES} samples": scanlib.ExpectedGradients(bench.model, **own, baselines=draws, samples=SAMPLES),
         "sum over blocks, plain gradient": scanlib.Libra(bench.model, **own, libra=False),
     }
     if bench.name.startswith("vit"):
@@ -41,7 +40,10 @@ def list_rows(bench: Bench) -> dict:
         rows["Libra, log p"] = explain_log_probability(rows["Libra"])
     else:  # a CNN of ReLU layers: libra changes nothing
         rows["sum over blocks, log p"] = explain_log_probability(rows["sum over blocks, plain gradient"])
-    return rows
+    rows[f"ExpectedGradients, {SAMPLES} samples"] = scanlib.ExpectedGradients(
+        bench.model, **own, baselines=draws, samples=SAMPLES
+    )
+    return rows  # the slowest last
 
 
 def main() -> None:
@@ -61,6 +63,8 @@ def main() -> None:
         for row, explain in tqdm(list_rows(bench).items(), name):
             whole.values[row] = measure(maps_of(explain, view.images, view.classes))
             first.values[row] = {key: value[:FEW] for key, value in whole.values[row].items()}
+            means = ", ".join(f"{key} {whole.mean(row, key):.3f}" for key in MEASURES)
+            tqdm.write(f"{row}: {means}")
         note = f"{options.part} part, predicted class, {date.today()}, torch {torch.__version__}, CPU"
         whole.note = f"{len(view.images)} photographs; {note}; ± is half the bootstrap 95 % interval over the images"
         print(f"\n## {name}\n\n{whole}", flush=True)
