@@ -46,7 +46,7 @@ VIT_METHODS = ["AttentionRollout", "AttentionRelevance", "LeGrad"]
 
 def build(name, model, layer=None, **options):
     options |= {} if name in (*VIT_METHODS, *NO_LAYER) else {"target_layer": layer}
-    return getattr(scanlib, name)(model, **options, **({"masks": 40} if name == "RISE" else {}))
+    return getattr(scanlib, name)(model, **options, **({"masks": 8} if name == "RISE" else {}))
 
 
 class Net(nn.Module):
