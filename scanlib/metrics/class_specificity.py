@@ -23,7 +23,7 @@ from torch import Tensor
 
 from scanlib.explainers.base import validate_maps
 from scanlib.metrics.localisation import validate_masks
-from scanlib.metrics.quality import compute_correlation
+from scanlib.metrics.quality import compute_correlation, find_constant_maps
 
 
 def compute_density(maps: Tensor, masks: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ def compute_class_correlation(maps: Tensor, other_maps: Tensor) -> Tensor:
     """Compute Pearson's correlation of the maps (N, H, W) of two classes, (N,) in [-1, 1]; nan where one map is constant."""
     maps = validate_maps(maps, len(maps), maps.shape[1:])
     other_maps = validate_maps(other_maps, len(maps), maps.shape[1:]).to(maps)
-    constant = [each.flatten(1).amax(1) == each.flatten(1).amin(1) for each in (maps, other_maps)]
-    return compute_correlation(maps, other_maps).masked_fill(constant[0] | constant[1], torch.nan)
+    constant = find_constant_maps(maps) | find_constant_maps(other_maps)
+    return compute_correlation(maps, other_maps).masked_fill(constant, torch.nan)
 
 
 def draw_absent_classes(labels: Tensor, classes: int, seed: int = 0) -> Tensor:

@@ -79,7 +79,7 @@ def compare(
     """
     from tqdm.auto import tqdm
 
-    _validate_arguments(images, explainers, steps, patch, batch_size, percentiles)
+    _validate_arguments(images, explainers, steps, patch, batch_size, ceiling, percentiles)
     given = {"masks": masks, "other_masks": other_masks, "other_classes": other_classes, "absent_classes": absent_classes}
     metrics = select_metrics(metrics, [name for name, value in given.items() if value is not None])
     size, images = (images.shape[2], images.shape[3]), at_least_float32(images)
@@ -109,10 +109,8 @@ def compare(
     with torch.no_grad():
         logits = torch.cat([compute_logits(model, prepare_inputs(model, preprocess, x)) for x in images.split(batch_size)])
     classes = resolve_classes(logits, target).to(images.device)
-    of_others = (
-        None if each is None else resolve_classes(logits, each).to(images.device) for each in (other_classes, absent_classes)
-    )
-    other_classes, absent_classes = of_others
+    other_classes = _resolve_others("other_classes", logits, other_classes, classes)
+    absent_classes = _resolve_others("absent_classes", logits, absent_classes, classes)
     score = build_class_score(model, preprocess, classes)
     if ceiling is not None:
         best, runs = order_patches_greedily(
@@ -128,19 +126,19 @@ def compare(
         else:
             maps, found.milliseconds[name] = _explain(name, explainer, images, classes, batch_size)
         inputs = MetricInputs(
-            explainer,
-            score,
-            images,
-            maps,
-            masks,
-            classes,
-            fill,
-            steps,
-            percentiles,
-            options,
-            other_masks,
-            other_classes,
-            absent_classes,
+            explainer=explainer,
+            score=score,
+            images=images,
+            maps=maps,
+            masks=masks,
+            classes=classes,
+            fill=fill,
+            steps=steps,
+            percentiles=percentiles,
+            options=options,
+            other_masks=other_masks,
+            other_classes=other_classes,
+            absent_classes=absent_classes,
         )
         undefined = torch.full((len(images),), torch.nan)  # the ceiling is searched for one class
         try:
@@ -155,7 +153,7 @@ def compare(
     return found
 
 
-def _validate_arguments(images, explainers, steps, patch, batch_size, percentiles) -> None:
+def _validate_arguments(images, explainers, steps, patch, batch_size, ceiling, percentiles) -> None:
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         advice = "for one image pass image[None]; signals and volumes cannot be compared"
@@ -168,6 +166,7 @@ def _validate_arguments(images, explainers, steps, patch, batch_size, percentile
         ("steps", steps, 10_000),
         ("patch", patch, max(images.shape[2:])),
         ("batch_size", batch_size, math.inf),
+        ("ceiling", ceiling, math.inf),
     ):
         if value is not None and (type(value) is not int or not 1 <= value <= most):
             raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")
@@ -175,6 +174,19 @@ def _validate_arguments(images, explainers, steps, patch, batch_size, percentile
         raise ValueError(f"percentiles must be a list of numbers in [0, 100], got {percentiles!r}")
     for percentile in percentiles:
         validate_percentile(percentile)
+
+
+def _resolve_others(name: str, logits: Tensor, others: Any, classes: Tensor) -> Tensor | None:
+    """Return one class per image (N,). Raises ValueError for a wrong class, and for the class that is explained."""
+    if others is None:
+        return None
+    try:
+        others = resolve_classes(logits, others).to(classes.device)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if same := (others == classes).nonzero()[:, 0].tolist():
+        raise ValueError(f"{name} must differ from the class that is explained, got {int(classes[same[0]])} for image {same[0]}")
+    return others
 
 
 def _explain(name: str, explainer: ExplainerFunction, images: Tensor, classes: Tensor, batch_size: int) -> tuple[Tensor, float]:

@@ -32,10 +32,15 @@ def compute_complexity(maps: Tensor) -> Tensor:
     return validate_maps(maps, len(maps), maps.shape[1:]).abs().mean((1, 2))
 
 
+def find_constant_maps(maps: Tensor) -> Tensor:
+    """Return which maps (N, ...) have the same value everywhere, (N,) bool."""
+    return maps.flatten(1).amax(1) == maps.flatten(1).amin(1)
+
+
 def compute_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Compute Pearson's correlation of maps (N, ...) with maps (N, ...), (N,) in [-1, 1]; 0 where one is constant."""
     a, b = (x.flatten(1) for x in (a, b))
-    constant = (a.amax(1) == a.amin(1)) | (b.amax(1) == b.amin(1))
+    constant = find_constant_maps(a) | find_constant_maps(b)
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
     return torch.where(constant, 0, (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(torch.finfo(a.dtype).tiny))
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scanlib.explainers.base import at_least_float32, choose_batch_size
-from scanlib.metrics.quality import ExplainerFunction, compute_correlation, run_explainer
+from scanlib.metrics.quality import ExplainerFunction, compute_correlation, find_constant_maps, run_explainer
 from scanlib.targets import Target, select_targets
 
 
@@ -113,16 +113,15 @@ def randomise_parameters(
     for stage, changed in iterate_randomised_models(model, stages, cascading, seed):
         names.append(stage)
         maps.append(explain(changed))
-    blank = torch.stack([each.flatten(1).amax(1) == each.flatten(1).amin(1) for each in maps])
+    blank = torch.stack([find_constant_maps(each) for each in maps])
     ranks, ssim = (torch.stack([measure(maps[0], each) for each in maps]) for measure in (compute_rank_correlation, compute_ssim))
     return RandomisationResult(names, ranks, ssim.masked_fill(blank | blank[0], torch.nan), torch.stack(maps), blank)
 
 
 def compute_rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Compute Spearman's correlation of maps (N, H, W), (N,) in [-1, 1]; ties share their mean rank; nan if one is constant."""
-    constant = [x.flatten(1).amax(1) == x.flatten(1).amin(1) for x in (a, b)]
     ranks = (_compute_ranks(x.flatten(1)) for x in (a, b))
-    return compute_correlation(*ranks).masked_fill(constant[0] | constant[1], torch.nan)
+    return compute_correlation(*ranks).masked_fill(find_constant_maps(a) | find_constant_maps(b), torch.nan)
 
 
 def _compute_ranks(x: Tensor) -> Tensor:

@@ -64,11 +64,8 @@ class Comparison:
     def leaders(self, metric: str, draws: int = 2000) -> list[str]:
         """Return the leader and all that tie with it: the bootstrap 95 % interval of the difference, image by image, holds 0."""
         explainers = {name: each[metric].double() for name, each in self.values.items() if name != "ceiling"}
-        means = {name: self.better[metric] * self.mean(name, metric) for name in explainers}
-        known = [name for name, mean in means.items() if mean == mean]
-        best = max(known, key=lambda name: means[name], default="")
-        tied = []
-        for name in known:
+        best, tied = self.leader(metric), []
+        for name in explainers if best else ():
             difference = explainers[name] - explainers[best]
             difference = difference[~difference.isnan()]
             low, high = _bootstrap(difference, draws, self.seed) if len(difference) > 1 else (1.0, 1.0)

@@ -187,6 +187,7 @@ def test_compare_raises_for_wrong_arguments(scene):
         ({"explainers": {"Grad-CAM": GradCAM}}, "explainers must be a dictionary such as"),
         ({"steps": True}, "steps must be an integer from 1 to 10000, got True"),
         ({"batch_size": 1.5}, "batch_size must be an integer from 1 to inf, got 1.5"),
+        ({"ceiling": 0}, "ceiling must be an integer from 1 to inf, got 0"),
         ({"percentiles": []}, r"percentiles must be a list of numbers in \[0, 100\], got \[\]"),
         ({"percentiles": ["a"]}, "percentile must be a number in"),
         ({"steps": 0}, "steps must be an integer from 1 to 10000, got 0"),
@@ -288,22 +289,23 @@ def pairs():
 
 def test_class_specificity_known_values(pairs):
     model, images, masks, others, explain = pairs
-    options = {"masks": masks, "other_masks": others, "other_classes": [1] * 5, "absent_classes": [1, 1, 2, 3, 0]}
+    options = {"masks": masks, "other_masks": others, "other_classes": [1] * 5, "absent_classes": [1, 1, 2, 3, 1]}
     found = compare(model, images, {"fitting": explain}, target=0, progress=False, **options)
     names = ("energy", "energy in other", "asked denser", "absent energy")
     assert [found.values["fitting"][name].tolist() for name in names[:3]] == [[1] * 5, [0] * 5, [1] * 5]
-    assert found.values["fitting"]["absent energy"].tolist() == [0, 0, 0, 16 / 256, 1]
+    assert found.values["fitting"]["absent energy"].tolist() == [0, 0, 0, 16 / 256, 0]
     p, q = 16 / 256, 36 / 256  # two disjoint rectangles: -sqrt(p q / ((1 - p) (1 - q)))
     apart = -((p * q / (1 - p) / (1 - q)) ** 0.5)
     assert found.values["fitting"]["other correlation"].tolist() == pytest.approx([apart] * 5)
     absent = found.values["fitting"]["absent correlation"]
-    assert absent[[0, 1, 4]].tolist() == pytest.approx([apart, apart, 1]) and absent[2:4].isnan().all()
-    assert found.mean("fitting", "absent correlation") == pytest.approx((2 * apart + 1) / 3)
+    assert absent[[0, 1, 4]].tolist() == pytest.approx([apart] * 3) and absent[2:4].isnan().all()
+    assert found.mean("fitting", "absent correlation") == pytest.approx(apart)
     assert found.values["centre prior"]["other correlation"].tolist() == pytest.approx([1] * 5)
     assert abs(found.mean("random", "other correlation")) < 0.1
-    reverse = compare(model, images, {"fitting": explain}, target=1, progress=False, **options | {"other_classes": [0] * 5})
+    swapped = options | {"other_classes": [0] * 5, "absent_classes": [2] * 5}
+    reverse = compare(model, images, {"fitting": explain}, target=1, progress=False, **swapped)
     assert reverse.values["fitting"]["asked denser"].tolist() == [0] * 5 and reverse.mean("fitting", "energy in other") == 1
-    flat = compare(model, images, {"fitting": explain}, ["asked denser"], target=3, progress=False, **options)
+    flat = compare(model, images, {"fitting": explain}, ["asked denser"], target=3, progress=False, **swapped)
     assert flat.values["fitting"]["asked denser"].tolist() == [0.5] * 5
 
 
@@ -314,6 +316,8 @@ def test_class_specificity_needs_its_arguments(pairs):
         ("other correlation", {}, "other_classes must be one class per image for the metrics"),
         ("absent energy", {"masks": masks}, "absent_classes must be one class per image for the metrics"),
         ("absent correlation", {"absent_classes": [1]}, "got 1 classes for 5 images"),
+        ("absent correlation", {"absent_classes": [7] * 5}, "absent_classes: target class 7 is out of range"),
+        ("absent correlation", {"absent_classes": [1] * 5, "target": 1}, "absent_classes must differ from .*, got 1 for image 0"),
         ("asked denser", {"masks": masks, "other_masks": others[:4]}, "other_masks must have shape"),
     ):
         with pytest.raises(ValueError, match=message):
