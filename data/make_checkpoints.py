@@ -61,20 +61,25 @@ def train_decoder(
     rate: float,
     percentiles: tuple[int, int],
     mask_by: str = "gradient",
+    score: str = "logit",
+    upsampling: str | None = None,
     seed: int = 0,
     path: Path | None = None,
+    weights: str | None = "DEFAULT",
 ) -> None:
     torch.manual_seed(seed)
-    classifier = load_classifier(name)
+    classifier = load_classifier(name, weights)
     loader = DataLoader(draw_scenes(3000), batch_size=batch_size, shuffle=True)
-    scanner = SCAN(classifier.model, classifier.layer, classifier.image_size, device="cpu", mask_by=mask_by)
+    own = {"device": "cpu", "mask_by": mask_by, "score": score}
+    scanner = SCAN(classifier.model, classifier.layer, classifier.image_size, **own)
     scanner.set_preprocess(classifier.preprocess).set_dataset(loader, use_augmentation=percentiles)
-    scanner.generate_decoder(is_Transformer=False)
+    scanner.generate_decoder(is_Transformer=False, upsampling=upsampling)
     schedule = {"max_lr": rate, "total_steps": epochs * len(loader)}
     scanner.compile(alpha, scheduler_class=OneCycleLR, scheduler_kwargs=schedule, scheduler_interval="step")
     scanner.fit(epochs, seed=seed)
-    notes = {"model": name, "weights": "DEFAULT", "layer": classifier.layer}
-    scanner.save_decoder(path or CHECKPOINTS / f"{name}_decoder.pt", half=True, notes=notes)
+    notes = {"model": name, "weights": weights, "layer": classifier.layer}
+    file = f"{name}_class_decoder.pt" if score == "log_probability" else f"{name}_decoder.pt"
+    scanner.save_decoder(path or CHECKPOINTS / file, half=True, notes=notes)
 
 
 def train_scouter(head: str) -> None:
@@ -90,6 +95,12 @@ RECIPES = {
     "signs_cnn_decoder": partial(train_decoder, "signs_cnn", 6.0, 4, 16, 8e-3, (70, 100)),
     "signs_vit": partial(train_classifier, "signs_vit", build_small_vit, 10_000, 9, 1e-3, mirror=True),
     "signs_vit_decoder": partial(train_decoder, "signs_vit", 8.0, 6, 32, 5e-3, (90, 100), mask_by="relevance"),
+    "signs_cnn_class_decoder": partial(
+        train_decoder, "signs_cnn", 6.0, 4, 16, 8e-3, (90, 100), mask_by="libra", score="log_probability", upsampling="bilinear"
+    ),
+    "signs_vit_class_decoder": partial(
+        train_decoder, "signs_vit", 8.0, 6, 32, 5e-3, (90, 100), mask_by="libra", score="log_probability"
+    ),
     "signs_scouter_positive": partial(train_scouter, "positive"),
     "signs_scouter_negative": partial(train_scouter, "negative"),
 }

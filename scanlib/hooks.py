@@ -131,8 +131,7 @@ class FeatureTaps:
         self._captured, self._layouts = {}, None
         with KeepModes(), leave_inference_mode(), torch.set_grad_enabled(self.record == "all"):
             copy = make_eval_copy(self.model)
-            for index, name in enumerate(self.names):
-                copy.get_submodule(name).register_forward_hook(partial(self._capture, self._captured, index))
+            self._add_hooks(copy)
             # fused attention has no second derivative
             with sdpa_kernel(SDPBackend.MATH) if self.create_graph else contextlib.nullcontext(), self._change_gradients():
                 self.logits = run_copy(copy, inputs, self.output)
@@ -142,6 +141,10 @@ class FeatureTaps:
             check_finite(self._captured[index], f"layer {name!r} returns")
         self._inputs = inputs.detach()
         return self.logits.detach() if isinstance(self.logits, Tensor) else self.logits
+
+    def _add_hooks(self, copy: nn.Module) -> None:
+        for index, name in enumerate(self.names):
+            copy.get_submodule(name).register_forward_hook(partial(self._capture, self._captured, index))
 
     def _change_gradients(self) -> contextlib.AbstractContextManager:
         return libra(self.model) if self.libra else contextlib.nullcontext()
@@ -236,5 +239,5 @@ class FeatureTap(FeatureTaps):
         return self.gradients(target)[0]
 
     def gradient_and_relevance(self, target: Target = None) -> tuple[Tensor, Tensor | None]:
-        """Return ``gradient`` and no relevance; ``RelevanceTap`` returns both."""
+        """Return ``gradient`` and no relevance; ``RelevanceTap`` and ``LibraTap`` return both."""
         return self.gradient(target), None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASK_METHODS = ("gradient", "attribution", "position", "relevance")
+MASK_METHODS = ("gradient", "attribution", "position", "relevance", "libra")
 
 
 def compute_threshold(scores: Tensor, percentile: Tensor | float) -> Tensor:
@@ -40,14 +40,17 @@ def compute_mask_scores(
 
     mask_by: "gradient": relu(G), as published. "attribution": relu(G F). "position": relu(G F) times relu of the sum of G F over
     channels, which is the evidence for the class at the location. "relevance": relu(G) times ``relevance``, the location's
-    attention relevance with one channel; it is 0 for tokens that are not patches, so that they are masked.
+    attention relevance with one channel. "libra": relu(G F) times relu of ``relevance``, the location's value in the map of
+    ``Libra``; G is LibraGrad's. ``relevance`` is divided by its maximum in each image: products of small numbers would become 0.
+    The relevance of tokens that are not patches is 0, so that they are masked.
     """
     if mask_by == "gradient":
         return gradient.relu()
-    if mask_by == "relevance":
+    if mask_by in ("relevance", "libra"):
         if relevance is None:
-            raise ValueError("relevance must be given for mask_by 'relevance', got None")
-        return gradient.relu() * relevance
+            raise ValueError(f"relevance must be given for mask_by {mask_by!r}, got None")
+        relevance = relevance.relu() / relevance.flatten(1).amax(1).clamp_min(1e-30).view(-1, *[1] * (relevance.ndim - 1))
+        return (gradient if mask_by == "relevance" else gradient * features).relu() * relevance
     attribution = gradient * features
     if mask_by == "attribution":
         return attribution.relu()

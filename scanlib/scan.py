@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scanlib.explainers.attention import RelevanceTap
+from scanlib.explainers.libra import LibraTap
 from scanlib.explainers.weighted import SCANExplainer
 from scanlib.hooks import FeatureTap
 from scanlib.layers import Layout
@@ -30,6 +31,8 @@ from scanlib.trainer import Trainer
 from scanlib.training.decoder_file import DecoderState, compute_fingerprint, read_decoder, validate_percentile, write_decoder
 from scanlib.training.encoding import BatchEncoder, FeatureEncoder
 from scanlib.training.feature_cache import FeatureCache
+
+TAPS = {"relevance": RelevanceTap, "libra": LibraTap}  # what reads the layer, where a mask needs more than the gradient
 
 
 class SCAN:
@@ -43,8 +46,10 @@ class SCAN:
         decoder_model: a decoder of your own, masked features -> (N, 4, h', w'). It is used as it is, trained or not.
         device: None uses CUDA if available, else the CPU. The model is moved there.
         num_classes: kept for compatibility; the number of classes is read from the logits.
-        mask_by: what the percentile ranks: "gradient" (published), "attribution", "position", or, for transformers that attend
-            over the whole image, "relevance"; see ``compute_mask_scores``.
+        mask_by: what the percentile ranks: "gradient" (published), "attribution", "position", "libra", or, for transformers that
+            attend over the whole image, "relevance"; see ``compute_mask_scores``.
+        score: what of the class is differentiated: its "logit" (published) or its "log_probability", the evidence for the class
+            against all others.
 
     Images are (N, 3, H, W) or (3, H, W), uint8 or float, in [0, 255].
     """
@@ -60,6 +65,7 @@ class SCAN:
         num_classes: int = 1000,
         *,
         mask_by: str = "gradient",
+        score: str = "logit",
     ):
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(map(int, image_size))
         if len(size) != 2 or min(size) < 2:
@@ -74,7 +80,8 @@ class SCAN:
             self.device,
             use_gradient_mask=use_gradient_mask,
             mask_by=mask_by,
-            tap_type=RelevanceTap if mask_by == "relevance" and use_gradient_mask else FeatureTap,
+            score=score,
+            tap_type=TAPS.get(mask_by, FeatureTap) if use_gradient_mask else FeatureTap,
         )
         self.dataset: Iterable | None = None
         self.valid_dataset: Iterable | None = None

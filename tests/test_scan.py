@@ -9,17 +9,28 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scanlib import SCAN, AttentionRelevance, build_small_vit, load_classifier
+from scanlib import SCAN, AttentionRelevance, Libra, build_small_vit, load_classifier
 from scanlib.data import Signs
 from scanlib.explainers.attention import RelevanceTap
 from scanlib.explainers.base import normalize_map
 from scanlib.explainers.formulas import grad_cam, layer_cam
+from scanlib.explainers.libra import LibraTap
 from scanlib.hooks import FeatureTap
 from scanlib.loss import SelfConfidenceLoss
 from scanlib.masking import MASK_METHODS, mask_features
-from scanlib.metrics import build_class_score, compute_checkerboard, compute_coherency, compute_max_sensitivity, evaluate_maps
+from scanlib.metrics import (
+    build_class_score,
+    compute_asked_denser,
+    compute_checkerboard,
+    compute_coherency,
+    compute_energy_inside,
+    compute_max_sensitivity,
+    draw_absent_classes,
+    evaluate_maps,
+)
 from scanlib.models.small import Normalize
 from scanlib.models.zoo import CHECKPOINTS
+from scanlib.targets import LogProbability
 from tests.explainers.test_attention import TinyTransformer
 
 
@@ -267,9 +278,9 @@ def test_fit_resumes_with_batch_sampler_generator(tiny, tmp_path):
 
 
 def test_resume_raises_for_another_run(tiny, tmp_path):
-    def run(count=12, percentiles=(70, 100), optimizer=torch.optim.Adam, mask_by="gradient", **options):
+    def run(count=12, percentiles=(70, 100), optimizer=torch.optim.Adam, mask_by="gradient", score="logit", **options):
         loader = DataLoader(TensorDataset(*(column[:count] for column in make_data().tensors)), 4)
-        scanner = make_scanner(tiny, mask_by=mask_by).set_dataset(loader, percentiles).generate_decoder()
+        scanner = make_scanner(tiny, mask_by=mask_by, score=score).set_dataset(loader, percentiles).generate_decoder()
         scanner.compile(optimizer_class=optimizer, **options).fit(1, verbose=False, checkpoint=tmp_path / "run.pt")
 
     run()
@@ -279,6 +290,7 @@ def test_resume_raises_for_another_run(tiny, tmp_path):
         ({"percentiles": (90, 100)}, r"percentiles = \[70, 100\], this one has \[90, 100\]"),
         ({"optimizer": torch.optim.SGD}, "optimizer = Adam, this one has SGD"),
         ({"mask_by": "position"}, "mask_by = gradient, this one has position"),
+        ({"score": "log_probability"}, "score = logit, this one has log_probability"),
         ({"learning_rate": 0.5}, "learning_rate = 0.001, this one has 0.5"),
         ({"metrics": []}, "metrics"),
         (schedule, "scheduler = None, this one has StepLR"),
@@ -441,18 +453,73 @@ def test_relevance_masks_equal_gradient_times_relevance(vit, transformer):
         if transformer:  # the class token is no place
             assert not scores[:, 0].any() and gradient[:, 0].any()
             scores, gradient = (tokens[:, 1:].mT.unflatten(2, (8, 8)) for tokens in (scores, gradient))
+        relevance = relevance / relevance.amax((1, 2), keepdim=True)
         torch.testing.assert_close(scores, gradient * relevance[:, None])
     assert (relevance > 0).all()
 
 
-def test_relevance_masks_run_model_once(vit):
-    scanner = vit_scanner(vit, "encoder.layers.encoder_layer_4", mask_by="relevance").generate_decoder()
-    runs = []
+@pytest.mark.parametrize("kind", ["vit", "cnn"])
+def test_libra_masks_equal_attribution_times_libra(kind, vit, tiny):
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(4)) * 255
+    model, layer = (vit, "encoder.layers.encoder_layer_4") if kind == "vit" else (tiny, "back")
+    scanner = SCAN(model, layer, (64, 64), device="cpu", mask_by="libra").set_preprocess(Normalize())
+    scanner.generate_decoder(is_Transformer=False)
+    for target in ([1, 2, 3], None, lambda outputs: outputs[2] - outputs[0]):
+        features, scores = scanner.extract(images, target)
+        with FeatureTap(model, layer, libra=True) as tap:
+            tap(Normalize()(images))
+            product = (tap.layout.to_maps(tap.features) * tap.layout.to_maps(tap.gradient(target))).relu()
+        maps = Libra(model, preprocess=Normalize())(images, target, normalize=False)
+        on_grid = nn.functional.interpolate(maps[:, None], size=features.shape[2:], mode="bilinear", antialias=True)
+        on_grid = on_grid.relu() / on_grid.amax((1, 2, 3), keepdim=True)
+        torch.testing.assert_close(scores, product * on_grid, rtol=1e-4, atol=1e-9)
+    assert (scores > 0).any()
+
+
+def test_libra_masks_give_prefix_tokens_no_score(vit):
+    scanner = vit_scanner(vit, "encoder.layers.encoder_layer_4", mask_by="libra").generate_decoder()
+    scores = scanner.extract(torch.rand(2, 3, 64, 64) * 255)[1]
+    assert scores[:, 1:].any() and not scores[:, 0].any()
+
+
+@pytest.mark.parametrize("mask_by", MASK_METHODS)
+def test_score_is_log_probability(vit, mask_by):
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(4)) * 255
+    of_logit, of_log_p = (
+        vit_scanner(vit, "encoder.layers.encoder_layer_4", mask_by=mask_by, score=score).generate_decoder()
+        for score in ("logit", "log_probability")
+    )
+    scores = of_log_p.extract(images, [1, 2, 3])[1]
+    torch.testing.assert_close(scores, of_logit.extract(images, [LogProbability(c) for c in (1, 2, 3)])[1])
+    assert not torch.allclose(scores, of_logit.extract(images, [1, 2, 3])[1])
+    predicted = vit(Normalize()(images)).argmax(1).tolist()
+    torch.testing.assert_close(of_log_p.extract(images)[1], of_log_p.extract(images, predicted)[1])
+    for target in (LogProbability(2), lambda outputs: outputs[2]):  # a function of the outputs is taken as it is
+        torch.testing.assert_close(of_log_p.extract(images, target)[1], of_logit.extract(images, target)[1])
+
+
+@pytest.mark.parametrize("score", ["logit", "log_probability"])
+def test_image_without_evidence_keeps_all_features_of_a_logit_and_none_of_a_log_probability(tiny, images, score):
+    scanner = make_scanner(tiny, mask_by="attribution", score=score).generate_decoder()
+    with torch.no_grad():
+        tiny.head.weight[2] = -tiny.head.weight.abs().max()  # every feature is evidence against class 2
+    if score == "logit":
+        with pytest.warns(UserWarning, match="4 of 4 images have no positive mask score"):
+            features, scores = scanner.extract(images, 2)
+    else:
+        features, scores = scanner.extract(images, 2)
+    assert torch.equal(mask_features(features, scores, 95), features if score == "logit" else torch.zeros_like(features))
+
+
+@pytest.mark.parametrize("mask_by", ["relevance", "libra"])
+def test_masks_run_model_once(vit, mask_by):
+    scanner = vit_scanner(vit, "encoder.layers.encoder_layer_4", mask_by=mask_by).generate_decoder()
+    tap_type, runs = {"relevance": RelevanceTap, "libra": LibraTap}[mask_by], []
     with vit.register_forward_hook(lambda *_: runs.append(1)):
         extracted = scanner.extract(torch.rand(2, 3, 64, 64) * 255)
     assert len(runs) == 1 and not any(each.requires_grad for each in extracted)  # no graph is dragged along
     assert all(parameter.grad is None for parameter in vit.parameters())
-    with pytest.raises(RuntimeError, match="nothing captured"), RelevanceTap(vit, scanner.layer_name) as tap:
+    with pytest.raises(RuntimeError, match="nothing captured"), tap_type(vit, scanner.layer_name) as tap:
         tap.gradient_and_relevance()
 
 
@@ -484,7 +551,8 @@ def test_relevance_masks_on_finer_grid_than_attention():
     images = torch.rand(2, 3, 32, 32) * 255
     weighing, plain = (make_scanner(model, "0", mask_by=way).generate_decoder() for way in ("relevance", "gradient"))
     relevance = AttentionRelevance(model, preprocess=lambda x: x / 255)(images, 1, normalize=False)
-    finer = nn.functional.interpolate(relevance[:, None], size=(16, 16), mode="bilinear")
+    finer = nn.functional.interpolate(relevance[:, None], size=(16, 16), mode="bilinear", antialias=True)
+    finer = finer / finer.amax((1, 2, 3), keepdim=True)
     torch.testing.assert_close(weighing.extract(images, 1)[1], plain.extract(images, 1)[1] * finer)
     double = SCAN(model.double(), "0", (32, 32), device="cpu", mask_by="relevance").set_preprocess(lambda x: x.double() / 255)
     assert all(each.dtype == torch.float32 for each in double.generate_decoder().extract(images, 1))
@@ -716,6 +784,30 @@ def test_shipped_vit_decoder_on_new_scenes():
     assert sum(path.stat().st_size for path in CHECKPOINTS.glob("signs_vit*.pt")) < 4e6
 
 
+@pytest.mark.parametrize("kind", ["cnn", "vit"])
+def test_shipped_class_decoder_tells_classes_apart(kind):
+    classifier = load_classifier(f"signs_{kind}")
+    own = {"device": "cpu", "mask_by": "libra", "score": "log_probability"}
+    scanner = SCAN(classifier.model, classifier.layer, classifier.image_size, **own).set_preprocess(classifier.preprocess)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scanner.load_decoder(CHECKPOINTS / f"signs_{kind}_class_decoder.pt")
+    scenes = [Signs(80, seed=77, objects=2).scene(i) for i in range(80)]
+    images, classes = torch.stack([scene.image for scene in scenes]).float(), torch.tensor([scene.labels for scene in scenes])
+    larger, smaller = (torch.stack([scene.masks[k] for scene in scenes]) for k in (0, 1))
+    libra = Libra(classifier.model, preprocess=classifier.preprocess)
+    several = (80, 85, 90, 95, 98)
+    for explainer, least in ((scanner.as_explainer(several), 0.8), (scanner.as_explainer(several, evidence=libra), 0.9)):
+        for asked, own_mask, other in ((0, larger, smaller), (1, smaller, larger)):
+            maps = explainer(images, classes[:, asked])
+            assert compute_asked_denser(maps, own_mask, other).mean() >= least
+    images, labels, masks = (
+        torch.stack(list(map(torch.as_tensor, each))) for each in zip(*Signs(80, seed=77, masks=True), strict=True)
+    )
+    absent = explainer(images, draw_absent_classes(labels, 10))
+    assert compute_energy_inside(absent, masks).mean() <= 0.12
+
+
 # --- invalid input ---
 
 
@@ -818,8 +910,10 @@ def test_invalid_layers_raise(tiny):
         make_scanner(tiny, "unused").generate_decoder()
     with pytest.raises(ValueError, match="no spatial extent"):
         make_scanner(tiny, "head").generate_decoder()
-    with pytest.raises(ValueError, match="mask_by must be one of gradient, attribution, position, relevance, got 'grad'"):
+    with pytest.raises(ValueError, match="mask_by must be one of gradient, attribution, position, relevance, libra, got 'grad'"):
         make_scanner(tiny, mask_by="grad")
+    with pytest.raises(ValueError, match="score must be one of logit, log_probability, got 'log_p'"):
+        make_scanner(tiny, score="log_p")
 
 
 def test_calls_out_of_order_raise(tiny, images, tmp_path):
@@ -892,6 +986,17 @@ def test_evidence_is_weighted_by_normalized_confidence(tiny):
     assert torch.equal(seen[0][0], images) and seen[0][1] == 3
     flat = scanner.as_explainer(90, lambda images, target: torch.ones(len(images), 8, 8))(images, 3)
     torch.testing.assert_close(flat, scanner.as_explainer(90)(images, 3))  # says nothing of any place
+
+
+@pytest.mark.parametrize("target", [None, 2, [0, 1, 2, 3]])
+def test_evidence_explains_the_score_of_the_scanner(tiny, images, target):
+    scanner, ones = train_scanner(tiny, score="log_probability"), torch.ones(4, 4, 4)
+    classes = tiny(images / 255).argmax(1).tolist() if target is None else torch.as_tensor(target).expand(4).tolist()
+    seen = []
+    scanner.as_explainer(evidence=lambda x, asked: seen.append(asked) or ones)(images, target)
+    assert seen[0] == [LogProbability(c) for c in classes]
+    scanner.as_explainer(evidence=lambda x, asked: seen.append(asked) or ones)(images, LogProbability(1))
+    assert seen[1] == LogProbability(1)  # a function of the outputs is passed on
 
 
 def test_evidence_gets_resized_images_and_may_use_gradients(tiny):

@@ -50,7 +50,7 @@ def load_models(options: argparse.Namespace) -> tuple[Classifier, SCAN | None]:
         return load_classifier(options.model, parse_weights(options.weights or "DEFAULT")), None
     saved = load_checkpoint(options.decoder, ("identity", "notes"))
     notes, identity = saved["notes"], saved["identity"]
-    if not (isinstance(identity, dict) and {"layer", "image_size", "mask_by"} <= set(identity)):
+    if not (isinstance(identity, dict) and {"layer", "image_size", "mask_by", "score"} <= set(identity)):
         raise ValueError(f"--decoder must name its layer, and {options.decoder} does not; train a new decoder")
     if not isinstance(notes, dict) or not isinstance(notes.get("model"), str):
         way = "explain in Python with SCAN(...).load_decoder(path)"
@@ -61,8 +61,8 @@ def load_models(options: argparse.Namespace) -> tuple[Classifier, SCAN | None]:
             f"--weights must be those that {options.decoder} was trained for, got none; give the path of a state dict"
         )
     classifier = load_classifier(notes["model"], weights)
-    size, mask_by = tuple(identity["image_size"]), identity["mask_by"]
-    scanner = SCAN(classifier.model, identity["layer"], size, device=options.device, mask_by=mask_by)
+    own = {"device": options.device, "mask_by": identity["mask_by"], "score": identity["score"]}
+    scanner = SCAN(classifier.model, identity["layer"], tuple(identity["image_size"]), **own)
     return classifier, scanner.set_preprocess(classifier.preprocess).load_decoder(options.decoder)
 
 

@@ -14,6 +14,7 @@ from scanlib.masking import MASK_METHODS
 from scanlib.models.zoo import load_classifier, parse_weights
 from scanlib.scan import SCAN
 from scanlib.training.checkpoint import check_writable
+from scanlib.training.encoding import SCORES
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--learning-rate", type=float, default=8e-3, help="peak of the one-cycle schedule")
     add("--alpha", type=float, default=4.0, help="the map should cover 1 / (1 + alpha) of the image")
     add("--mask-by", choices=MASK_METHODS, default="gradient", help="what the percentile ranks")
+    add("--score", choices=SCORES, default="logit", help="what of the class is explained")
     add("--percentiles", type=float, nargs=2, default=(70, 100), metavar=("LOW", "HIGH"), help="range of the random percentile")
     add("--widths", type=int, nargs="+", help="decoder channels at strides 4, 8, 16, 32; default: chosen for the layer")
     add("--decoder-kind", choices=("convolutional", "transformer"), help="default: chosen for the layer")
@@ -69,7 +71,8 @@ def run(options: argparse.Namespace) -> None:
     train, validation = random_split(data, [len(data) - held_out, held_out], torch.Generator().manual_seed(options.seed))
 
     torch.manual_seed(options.seed)
-    scanner = SCAN(classifier.model, options.layer or classifier.layer, size, device=options.device, mask_by=options.mask_by)
+    own = {"device": options.device, "mask_by": options.mask_by, "score": options.score}
+    scanner = SCAN(classifier.model, options.layer or classifier.layer, size, **own)
     scanner.set_preprocess(classifier.preprocess)
     loader = DataLoader(train, options.batch_size, shuffle=True, num_workers=options.workers)
     scanner.set_dataset(loader, tuple(options.percentiles))

@@ -10,7 +10,7 @@ biases included, add up to the score. Mehri, Baghshah, Pilehvar 2025, arXiv 2411
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from scanlib.explainers.base import Explainer, at_least_float32, resize_map
 from scanlib.explainers.fullgrad import BIASED_LAYERS, compute_implicit_bias, infer_output_layout
-from scanlib.hooks import check_finite, differentiate
+from scanlib.hooks import FeatureTap, check_finite, differentiate
 from scanlib.layers import make_eval_copy, resolve_layer
 from scanlib.structure.default_layer import HEAD_NAMES
+from scanlib.structure.inputs import leave_inference_mode
 from scanlib.structure.layout import read_layout
 from scanlib.structure.libra import libra as libra
 from scanlib.structure.outputs import run_copy
-from scanlib.targets import compute_scores
+from scanlib.targets import Target, compute_scores
 from scanlib.training.interrupts import delay_interrupts
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -96,12 +97,19 @@ class Libra(Explainer):
             names = list(tensors)
             ends = [*(tensors[name] for name in names), *([start] if self.biases else [])]
             found = differentiate(score, ends, allow_unused=True) if score.requires_grad else ()
+        return self.sum_products(inputs, tensors, dict(zip(names, found, strict=False)), of_biases)
+
+    def sum_products(self, inputs: Tensor, tensors: dict, gradients: dict, of_biases: Sequence[Tensor] = ()) -> Tensor:
+        """Return the sum (N, h, w) of the blocks' inputs times the gradients there, and of the maps of the biases.
+
+        tensors, gradients: by the name of the block; None for the gradient of an input that the score does not depend on.
+        """
         products = {
             name: at_least_float32(tensors[name].detach()) * check_finite(gradient, f"the gradient at block {name!r} holds")
-            for name, gradient in zip(names, found, strict=False)
+            for name, gradient in gradients.items()
             if gradient is not None
         }
-        maps = []
+        maps: list[Tensor] = []
         for name, product in products.items():
             try:
                 layout = read_layout(self.model, name, tensors[name], inputs, partial(self._run_to, name), self.layout)
@@ -123,27 +131,70 @@ class Libra(Explainer):
 
         of_biases: gets a map (N, h, w) of each bias when the score is differentiated.
         """
-        tensors: dict[str, Tensor] = {}
-
-        def record(name: str, module: nn.Module, arguments: tuple, named: dict) -> None:
-            given = next((each for each in (*arguments, *named.values()) if isinstance(each, Tensor)), None)
-            if given is not None and len(given) == len(inputs) and given.ndim > 2 and given.is_floating_point():
-                tensors[name] = given
-
         copy = make_eval_copy(self.model)
+        tensors = self.watch_inputs(copy, len(inputs))
         if of_biases is not None:
             for module in copy.modules():
                 if isinstance(module, BIASED_LAYERS):
                     module.register_forward_hook(partial(_watch_bias, of_biases, inputs))
-        for name in self.blocks:
-            copy.get_submodule(name).register_forward_pre_hook(partial(record, name), with_kwargs=True)
         with delay_interrupts(), self._change_gradients():
             logits = run_copy(copy, inputs, self.output)
         return tensors, logits
 
+    def watch_inputs(self, copy: nn.Module, count: int) -> dict[str, Tensor]:
+        """Return a dictionary that gets each block's first tensor, by the block's name, when the copy runs ``count`` images."""
+        tensors: dict[str, Tensor] = {}
+
+        def record(name: str, module: nn.Module, arguments: tuple, named: dict) -> None:
+            given = next((each for each in (*arguments, *named.values()) if isinstance(each, Tensor)), None)
+            if given is not None and len(given) == count and given.ndim > 2 and given.is_floating_point():
+                tensors[name] = given
+
+        for name in self.blocks:
+            copy.get_submodule(name).register_forward_pre_hook(partial(record, name), with_kwargs=True)
+        return tensors
+
     @torch.no_grad()
     def _run_to(self, name: str, inputs: Tensor) -> Tensor:
         return self._record_inputs(inputs)[0][name]
+
+
+class LibraTap(FeatureTap):
+    """``FeatureTap`` with LibraGrad's gradient, that also computes the map of ``Libra`` in the same two passes."""
+
+    def __init__(self, model: nn.Module, layer: str | int | nn.Module, **options):
+        super().__init__(model, layer, **options | {"record": "all", "libra": True})
+        self._explainer = Libra(model, output=self.output)
+        self._block_inputs: dict[str, Tensor] = {}
+        self._count = 0
+
+    def __call__(self, inputs: Tensor) -> Any:
+        with leave_inference_mode():  # a frozen model records nothing unless the input requires a gradient
+            start = inputs.detach().clone().requires_grad_()
+        self._count = len(start)
+        return super().__call__(start)
+
+    def __exit__(self, *exception) -> None:
+        super().__exit__(*exception)
+        self._block_inputs = {}
+
+    def _add_hooks(self, copy: nn.Module) -> None:
+        super()._add_hooks(copy)
+        self._block_inputs = self._explainer.watch_inputs(copy, self._count)
+
+    @property
+    def features(self) -> Tensor:
+        return super().features.detach()
+
+    def gradient_and_relevance(self, target: Target = None) -> tuple[Tensor, Tensor]:
+        """Compute ``gradient`` and the raw map of ``Libra`` (B, h, w), float32 or better. target: see ``gradients``."""
+        names = list(self._block_inputs)
+        gradient, *others = self._compute_gradients([*self.captured, *self._block_inputs.values()], target)
+        if gradient is None:
+            raise self._no_gradient_error(self.name)
+        assert self._inputs is not None
+        of_blocks = dict(zip(names, others, strict=True))
+        return gradient, self._explainer.sum_products(self._inputs, self._block_inputs, of_blocks)
 
 
 def _watch_bias(maps: list[Tensor], inputs: Tensor, module: nn.Module, _, output: Any) -> None:

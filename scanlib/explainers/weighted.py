@@ -43,8 +43,8 @@ class SCANExplainer(Explainer):
     Args:
         scanner: a SCAN with a trained decoder.
         percentile: one or several; see ``SCAN.decode``.
-        evidence: another explainer, whose map E is weighted by the confidence. Its maps must be 0 or more. Where E is zero
-            everywhere the map is C, with a warning.
+        evidence: another explainer, whose map E is weighted by the confidence. It explains the scanner's ``score``. Its maps must
+            be 0 or more. Where E is zero everywhere the map is C, with a warning.
 
     ``normalize=False`` returns raw values at the decoder's resolution.
     """
@@ -57,6 +57,8 @@ class SCANExplainer(Explainer):
         return self.scanner.encoder.prepare_images(images)  # extract() preprocesses
 
     def _compute_maps(self, inputs: Tensor, target: Target) -> Tensor:
+        if self.evidence is not None:
+            target = self.scanner.encoder.resolve_target(inputs, target)
         features, scores = self.scanner.extract(inputs, target)
         confidence = self.scanner.decoder_state.decode(features, scores, self.percentile)[:, 0]
         if self.evidence is None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import length_hint
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,13 @@ from scanlib.hooks import FeatureTap
 from scanlib.layers import Layout, find_default_layer, resolve_layer
 from scanlib.masking import MASK_METHODS, blur_to_grid, compute_mask_scores
 from scanlib.structure.inputs import prepare_inputs, return_unchanged
-from scanlib.targets import Target, check_count, is_callable_target, resolve_classes
+from scanlib.structure.outputs import compute_logits
+from scanlib.targets import LogProbability, Target, check_count, is_callable_target, resolve_classes
 from scanlib.training.decoder_file import compute_fingerprint
 from scanlib.training.feature_cache import EncodedLoader, FeatureCache, count_images, is_repeatable
 from scanlib.training.randomness import isolated_rng
+
+SCORES = ("logit", "log_probability")
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class FeatureEncoder:
         device: where the images are encoded.
         use_gradient_mask: False needs no gradient and gives scores of 1.
         mask_by: what the scores rank by, one of ``MASK_METHODS``; see ``compute_mask_scores``.
-        tap_type: the tap to read the layer with. It must give relevance if ``mask_by`` is "relevance".
+        score: what of a class is differentiated, one of ``SCORES``.
+        tap_type: the tap to read the layer with. It must give relevance if ``mask_by`` is "relevance" or "libra".
     """
 
     def __init__(
@@ -54,12 +59,15 @@ class FeatureEncoder:
         *,
         use_gradient_mask: bool = True,
         mask_by: str = "gradient",
+        score: str = "logit",
         tap_type: type[FeatureTap] = FeatureTap,
     ):
         if mask_by not in MASK_METHODS:
             raise ValueError(f"mask_by must be one of {', '.join(MASK_METHODS)}, got {mask_by!r}")
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
         self.model, self.image_size, self.device = model, image_size, device
-        self.use_gradient_mask, self.mask_by, self.tap_type = use_gradient_mask, mask_by, tap_type
+        self.use_gradient_mask, self.mask_by, self.score, self.tap_type = use_gradient_mask, mask_by, score, tap_type
         self._requested_layer = resolve_layer(model, layer)[0]
         self.preprocess: Callable[[Tensor], Tensor] = return_unchanged
         self._probe: Probe | None = None
@@ -108,8 +116,9 @@ class FeatureEncoder:
     ) -> tuple[Tensor, Tensor]:
         """Return features and mask scores of prepared images (N, 3, H, W), both float32.
 
-        (N, C, h, w) each, or (N, T, C) with ``as_tokens``. Without a gradient mask the scores are ones, (N, 1, 1, 1). With
-        ``unknown`` class -1 means the predicted class, as in training labels.
+        (N, C, h, w) each, or (N, T, C) with ``as_tokens``. Without a gradient mask the scores are ones, (N, 1, 1, 1). Of an image
+        without positive scores all features are kept, as published; for ``score`` "log_probability" none: its scores are -1.
+        With ``unknown`` class -1 means the predicted class, as in training labels.
         """
         layout = self.layout
 
@@ -119,8 +128,7 @@ class FeatureEncoder:
         with self.tap_type(self.model, self.layer_name) as tap:
             logits = tap(prepare_inputs(self.model, self.preprocess, images))
             check_count(target, len(images))
-            if not is_callable_target(target):
-                target = resolve_classes(logits, target, unknown)
+            target = self._build_target(logits, target, unknown)
             features = arrange(tap.features)
             if not self.use_gradient_mask:
                 return features, features.new_ones(len(features), *[1] * (features.ndim - 1))
@@ -128,12 +136,26 @@ class FeatureEncoder:
         if relevance is not None:
             relevance = self._arrange_relevance(relevance.float(), as_tokens)
         scores = compute_mask_scores(features, arrange(gradient), self.mask_by, -1 if as_tokens else 1, relevance)
+        if self.score == "log_probability":  # without evidence for the class nothing is kept, and the map is dark
+            return features, torch.where((scores > 0).flatten(1).any(1).view(-1, *[1] * (scores.ndim - 1)), scores, -1.0)
         self._warn_of_empty_scores(scores[:, layout.prefix :] if as_tokens else scores)
         return features, scores
 
+    def _build_target(self, logits: Any, target: Target, unknown: bool = False) -> Target:
+        if is_callable_target(target):
+            return target
+        classes = resolve_classes(logits, target, unknown)
+        return list(map(LogProbability, classes.tolist())) if self.score == "log_probability" else classes
+
+    def resolve_target(self, images: Tensor, target: Target) -> Target:
+        """Return a target whose score is ``score`` for explainers that do not know it. images: prepared, (N, 3, H, W)."""
+        if self.score == "logit" or is_callable_target(target):
+            return target
+        return self._build_target(compute_logits(self.model, prepare_inputs(self.model, self.preprocess, images)), target)
+
     def _arrange_relevance(self, relevance: Tensor, as_tokens: bool) -> Tensor:
         """Arrange relevance (N, h, w) like the features, with one channel; prefix tokens get 0."""
-        maps = F.interpolate(relevance[:, None], size=self.layout.grid, mode="bilinear", align_corners=False)
+        maps = F.interpolate(relevance[:, None], size=self.layout.grid, mode="bilinear", align_corners=False, antialias=True)
         return F.pad(maps.flatten(2).mT, (0, 0, self.layout.prefix, 0)) if as_tokens else maps
 
     def _warn_of_empty_scores(self, scores: Tensor) -> None:
@@ -193,6 +215,7 @@ class FeatureEncoder:
             "image_size": list(self.image_size),
             "use_gradient_mask": self.use_gradient_mask,
             "mask_by": self.mask_by,
+            "score": self.score,
         }
 
 
