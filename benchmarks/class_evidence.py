@@ -48,7 +48,7 @@ BEST_LAYERS = {"cnn": {"target_layer": "layer2"}, "vit": {"target_layer": "encod
 TEXT = """# Which class? The {kind} for Signs
 
 `python benchmarks/class_evidence.py {short}`: {machine}, {date}. The shipped classifier. SCAN: what the masks rank by, the score
-whose gradient they use, and how the decoder is read. Rows of seeds 0-2 are the mean of three decoders, picture by picture.
+whose gradient they use, and how the decoder is read. Rows of seeds 0-2 are the mean of three decoders, image by image.
 *absent energy*: the share of the map of a class that is not there on the sign. *absent mass*: the mean of that map, before it is
 normalized, over the mean of the map of the true class.
 

@@ -93,8 +93,12 @@ class Comparison:
             writer.writerows(rows)
 
     def to_markdown(self, path: str | Path | None = None) -> str:
-        """Return means ± half the width of the 95 % interval, ``leaders`` bold; also write it to ``path`` if given."""
-        heads = ["map", *(f"{metric} ({'high' if way > 0 else 'low'})" for metric, way in self.better.items()), "ms per image"]
+        """Return means ± half the width of the 95 % interval, ``leaders`` bold; also write it to ``path`` if given.
+
+        The column of times is left out if no time was measured.
+        """
+        heads = ["map", *(f"{metric} ({'high' if way > 0 else 'low'})" for metric, way in self.better.items())]
+        heads += ["ms per image"] if self.milliseconds else []
         lines = [" | ".join(heads), "|".join("---" for _ in heads)]
         leaders = {metric: self.leaders(metric) for metric in self.better}
         for name in self.values:
@@ -104,8 +108,10 @@ class Comparison:
                 half = f" ± {(high - low) / 2:.{digits}f}" if low == low else ""
                 text = f"{self.mean(name, metric):.{digits}f}{half}"
                 cells.append(f"**{text}**" if name in leaders[metric] else text)
-            taken = self.milliseconds.get(name)
-            lines.append(" | ".join([*cells, "-" if taken is None else f"{taken:.{0 if taken >= 10 else 1}f}"]))
+            if self.milliseconds:
+                taken = self.milliseconds.get(name)
+                cells.append("-" if taken is None else f"{taken:.{0 if taken >= 10 else 1}f}")
+            lines.append(" | ".join(cells))
         text = "\n".join(f"| {line} |" for line in lines) + (f"\n\n{self.note}\n" if self.note else "\n")
         if path is not None:
             Path(path).write_text(text, "utf-8", newline="\n")

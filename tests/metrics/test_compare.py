@@ -237,6 +237,7 @@ def test_rows_of_nan_neither_lead_nor_win():
     assert 1 <= low <= 2 <= high <= 3
     assert all(map(math.isnan, table.interval("broken", "deletion")))
     assert "**2.000 ± 1.000**" in table.to_markdown()
+    assert "ms per image" not in table.to_markdown()  # no time was measured
     only = Comparison({"broken": {"deletion": torch.tensor([nan])}}, {"deletion": -1}, {}, {})
     assert only.leader("deletion") == "" and "**" not in only.to_markdown()
 
