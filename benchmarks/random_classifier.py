@@ -23,8 +23,8 @@ SEVERAL = (80, 85, 90, 95, 98)
 TEXT = """# SCAN of a random classifier
 
 `python benchmarks/random_classifier.py`: {machine}, {date}. The CNN for Signs with random weights, and decoders
-trained for it like the shipped ones, seed 0. {count} scenes (seed 987), the class of the sign. Energy: the share of the map on the
-sign. ± is half the bootstrap 95 % interval over the images.
+trained for it like the shipped ones, seed 0. {count} scenes (seed 987), the class of the sign. Energy: the share of the map on
+the sign. ± is half the bootstrap 95 % interval over the images.
 
 | map | trained weights: energy | random weights: energy | random weights: peak | random weights: IoU |
 |---|---|---|---|---|
