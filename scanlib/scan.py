@@ -48,8 +48,8 @@ class SCAN:
         num_classes: kept for compatibility; the number of classes is read from the logits.
         mask_by: what the percentile ranks: "gradient" (published), "attribution", "position", "libra", or, for transformers that
             attend over the whole image, "relevance"; see ``compute_mask_scores``.
-        score: what of the class is differentiated: its "logit" (published) or its "log_probability", the evidence for the class
-            against all others.
+        score: the score of the class whose gradient the mask uses: its "logit" (published) or its "log_probability", the
+            evidence for the class against all others.
 
     Images are (N, 3, H, W) or (3, H, W), uint8 or float, in [0, 255].
     """

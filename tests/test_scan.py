@@ -458,10 +458,13 @@ def test_relevance_masks_equal_gradient_times_relevance(vit, transformer):
     assert (relevance > 0).all()
 
 
-@pytest.mark.parametrize("kind", ["vit", "cnn"])
+@pytest.mark.parametrize("kind", ["vit", "cnn", "swin"])
 def test_libra_masks_equal_attribution_times_libra(kind, vit, tiny):
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(4)) * 255
     model, layer = (vit, "encoder.layers.encoder_layer_4") if kind == "vit" else (tiny, "back")
+    if kind == "swin":  # channels last
+        torch.manual_seed(0)
+        model, layer = torchvision.models.SwinTransformer([4, 4], 16, [2, 2], [2, 2], [4, 4], num_classes=5).eval(), "features.1"
     model = copy.deepcopy(model).double()
 
     def preprocess(x):
@@ -699,6 +702,8 @@ def test_load_decoder_checks_layer_model_and_weights(tiny, tmp_path):
         SCAN(torchvision.models.resnet18(weights=None), "layer1", (32, 32), device="cpu").load_decoder(tmp_path / "d.pt")
     with pytest.raises(ValueError, match="mask_by = position, got gradient"):
         make_scanner(tiny, mask_by="position").load_decoder(tmp_path / "d.pt")
+    with pytest.raises(ValueError, match="score = log_probability, got logit"):
+        make_scanner(tiny, score="log_probability").load_decoder(tmp_path / "d.pt")
     other = copy.deepcopy(tiny)
     nn.init.normal_(other.head.weight)
     with pytest.warns(UserWarning, match="other weights of the same architecture"):
@@ -1067,7 +1072,13 @@ def test_decoders_share_encoded_images(tiny):
 
 @pytest.mark.parametrize(
     ("other", "named"),
-    [({"mask_by": "attribution"}, "mask_by"), ({"layer": "front"}, "layer"), ({"size": 64}, "grid"), ({"stride": 2}, "decoded")],
+    [
+        ({"mask_by": "attribution"}, "mask_by"),
+        ({"score": "log_probability"}, "score"),
+        ({"layer": "front"}, "layer"),
+        ({"size": 64}, "grid"),
+        ({"stride": 2}, "decoded"),
+    ],
 )
 def test_features_of_another_scanner_raise(tiny, other, named):
     stride = other.pop("stride", None)

@@ -27,7 +27,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="without --decoder: signs_cnn, signs_vit, vit_tiny, or any torchvision classifier")
     parser.add_argument("--weights", help="path of a state dict, DEFAULT, or none; default: as in training, or DEFAULT")
     parser.add_argument("--evidence", metavar="METHOD", help="with --decoder: the map of METHOD, weighted by SCAN's confidence")
-    parser.add_argument("--log-probability", action="store_true", help="explain the class's log-probability instead of its logit")
+    parser.add_argument(
+        "--log-probability",
+        action="store_true",
+        help="explain the class's log-probability instead of its logit; set by a --decoder of it",
+    )
 
 
 def validate_methods(option: str, names: Sequence[str | None]) -> None:
@@ -44,7 +48,8 @@ def build_explainer(name: str, classifier: Classifier, layer: str | None = None)
 def load_models(options: argparse.Namespace) -> tuple[Classifier, SCAN | None]:
     """Load the classifier of ``--decoder`` with its SCAN, or that of ``--model``.
 
-    Raises ValueError if the decoder's file does not name its layer or its classifier.
+    A decoder of the log-probability sets ``--log-probability``, so that all methods explain the same score. Raises ValueError if
+    the decoder's file does not name its layer or its classifier.
     """
     if not options.decoder:
         return load_classifier(options.model, parse_weights(options.weights or "DEFAULT")), None
@@ -61,6 +66,7 @@ def load_models(options: argparse.Namespace) -> tuple[Classifier, SCAN | None]:
             f"--weights must be those that {options.decoder} was trained for, got none; give the path of a state dict"
         )
     classifier = load_classifier(notes["model"], weights)
+    options.log_probability |= identity["score"] == "log_probability"
     own = {"device": options.device, "mask_by": identity["mask_by"], "score": identity["score"]}
     scanner = SCAN(classifier.model, identity["layer"], tuple(identity["image_size"]), **own)
     return classifier, scanner.set_preprocess(classifier.preprocess).load_decoder(options.decoder)

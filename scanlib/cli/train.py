@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--learning-rate", type=float, default=8e-3, help="peak of the one-cycle schedule")
     add("--alpha", type=float, default=4.0, help="the map should cover 1 / (1 + alpha) of the image")
     add("--mask-by", choices=MASK_METHODS, default="gradient", help="what the percentile ranks")
-    add("--score", choices=SCORES, default="logit", help="what of the class is explained")
+    add("--score", choices=SCORES, default="logit", help="the score of the class that is explained")
     add("--percentiles", type=float, nargs=2, default=(70, 100), metavar=("LOW", "HIGH"), help="range of the random percentile")
     add("--widths", type=int, nargs="+", help="decoder channels at strides 4, 8, 16, 32; default: chosen for the layer")
     add("--decoder-kind", choices=("convolutional", "transformer"), help="default: chosen for the layer")

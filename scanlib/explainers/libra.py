@@ -86,7 +86,9 @@ class Libra(Explainer):
         layers = target_layer if isinstance(target_layer, (list, tuple)) else [target_layer]
         self.blocks = find_blocks(model) if target_layer is None else [resolve_layer(model, layer)[0] for layer in layers]
         if not self.blocks:
-            raise ValueError(f"{type(model).__name__} has no blocks; pass target_layer, a block or a list of blocks")
+            raise ValueError(
+                f"{type(model).__name__} has no blocks; pass target_layer, a block or a list of blocks, or use another mask_by"
+            )
 
     def _compute_maps(self, inputs: Tensor, target) -> Tensor:
         of_biases: list[Tensor] = []
@@ -118,7 +120,7 @@ class Libra(Explainer):
             maps.append(layout.to_maps(product).sum(1))
         if not maps:
             seen = ", ".join(self.blocks[:3])
-            raise ValueError(f"no input of {seen} has a spatial extent and a gradient; pass target_layer")
+            raise ValueError(f"no input of {seen} has a spatial extent and a gradient; pass target_layer, or use another mask_by")
         size = max((each.shape[1:] for each in maps), key=math.prod)
         maps += of_biases
         total = torch.zeros(len(inputs), *size, dtype=maps[0].dtype, device=maps[0].device)
@@ -160,7 +162,10 @@ class Libra(Explainer):
 
 
 class LibraTap(FeatureTap):
-    """``FeatureTap`` with LibraGrad's gradient, that also computes the map of ``Libra`` in the same two passes."""
+    """``FeatureTap`` with LibraGrad's gradient that also computes the map of ``Libra``, in one forward and one backward pass.
+
+    Creating it, or reading the map, raises ValueError for a model whose blocks ``Libra`` does not find.
+    """
 
     def __init__(self, model: nn.Module, layer: str | int | nn.Module, **options):
         super().__init__(model, layer, **options | {"record": "all", "libra": True})

@@ -46,7 +46,7 @@ class FeatureEncoder:
         device: where the images are encoded.
         use_gradient_mask: False needs no gradient and gives scores of 1.
         mask_by: what the scores rank by, one of ``MASK_METHODS``; see ``compute_mask_scores``.
-        score: what of a class is differentiated, one of ``SCORES``.
+        score: the score of a class whose gradient the mask uses, one of ``SCORES``.
         tap_type: the tap to read the layer with. It must give relevance if ``mask_by`` is "relevance" or "libra".
     """
 
@@ -116,9 +116,9 @@ class FeatureEncoder:
     ) -> tuple[Tensor, Tensor]:
         """Return features and mask scores of prepared images (N, 3, H, W), both float32.
 
-        (N, C, h, w) each, or (N, T, C) with ``as_tokens``. Without a gradient mask the scores are ones, (N, 1, 1, 1). Of an image
-        without positive scores all features are kept, as published; for ``score`` "log_probability" none: its scores are -1.
-        With ``unknown`` class -1 means the predicted class, as in training labels.
+        (N, C, h, w) each, or (N, T, C) with ``as_tokens``. Without a gradient mask the mask scores are ones, (N, 1, 1, 1). If an
+        image has no positive mask score, the mask keeps all its features, as published. With ``score="log_probability"`` it
+        keeps none: the mask scores are -1. With ``unknown`` class -1 means the predicted class, as in training labels.
         """
         layout = self.layout
 
@@ -148,7 +148,7 @@ class FeatureEncoder:
         return list(map(LogProbability, classes.tolist())) if self.score == "log_probability" else classes
 
     def resolve_target(self, images: Tensor, target: Target) -> Target:
-        """Return a target whose score is ``score`` for explainers that do not know it. images: prepared, (N, 3, H, W)."""
+        """Return a target with which any explainer explains the scanner's ``score``. images: prepared, (N, 3, H, W)."""
         if self.score == "logit" or is_callable_target(target):
             return target
         return self._build_target(compute_logits(self.model, prepare_inputs(self.model, self.preprocess, images)), target)

@@ -140,10 +140,26 @@ def test_train_and_explain_exit_with_one_line_for_bad_arguments(arguments, messa
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_decoder_of_log_probability_makes_all_methods_explain_it(folder, tmp_path, monkeypatch, capsys):
+    decoder = CHECKPOINTS / "signs_cnn_class_decoder.pt"
+    main(f"compare signs --decoder {decoder} --methods GradCAM --metrics energy --evidence GradCAM --limit 4".split())
+    table = capsys.readouterr().out
+    assert all(f"| {name}, log p |" in table for name in ("SCAN, P = 95", "SCAN x GradCAM, P = 95", "GradCAM"))
+    columns = []
+    monkeypatch.setattr("scanlib.cli.explain.plot_panels", lambda rows, *titles, **options: columns.append(rows) or plt.figure())
+    main(f"explain {folder / '0.png'} --decoder {decoder} --class star --out {tmp_path / 'map.png'}".split())
+    classifier, _ = load_signs()
+    own = {"device": "cpu", "mask_by": "libra", "score": "log_probability"}
+    scanner = SCAN(classifier.model, classifier.layer, classifier.image_size, **own).set_preprocess(classifier.preprocess)
+    expected = scanner.load_decoder(decoder)(read_image(folder / "0.png", 64)[None], Signs.classes.index("star"))[0]
+    torch.testing.assert_close(columns[0][0][1], expected[0])
+
+
 def test_train_passes_its_options(tmp_path, monkeypatch):
     calls, fit = [], SCAN.fit
     monkeypatch.setattr(SCAN, "fit", lambda self, *args, **options: calls.append((self, options)) or fit(self, *args, **options))
     options = "--alpha 9 --percentiles 80 90 --widths 16 16 --output-stride 4 --upsampling bilinear --mask-by attribution"
+    options += " --score log_probability"
     options += " --learning-rate 0.004 --seed 3 --batch-size 8 --validation 0.2 --epochs 1"
     main(f"train --model signs_cnn --data signs --scenes 40 --out {tmp_path / 'd.pt'} {options}".split())
     ((scanner, given),) = calls
@@ -156,6 +172,7 @@ def test_train_passes_its_options(tmp_path, monkeypatch):
     saved = torch.load(tmp_path / "d.pt", weights_only=True)
     assert saved["config"]["ch_per_lv"] == [16, 16] and saved["config"]["output_stride"] == 4
     assert saved["config"]["upsampling"] == "bilinear" and saved["identity"]["mask_by"] == "attribution"
+    assert saved["identity"]["score"] == scanner.encoder.score == "log_probability"
 
 
 def test_train_exits_with_one_line_for_a_loss_that_is_not_finite(tmp_path):
