@@ -44,7 +44,7 @@ links: .venv/installed               ## rewrite every badge and link after the a
 	@$(BIN)/python -c "open('$@', 'w')"
 
 .venv/installed-test: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable ".[test,peers,timm]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,peers,photos]"
 	@$(BIN)/python -c "open('$@', 'w')"
 
 browser: .venv/installed-test        ## the explorer in JupyterLab and Voila, driven in a Chromium that you have; screenshots in out/

@@ -1,4 +1,4 @@
-"""Train the checkpoints in data/checkpoints: the classifiers for Signs, their SCAN decoders, and two SCOUTERs.
+"""Train the checkpoints in data/checkpoints: the classifiers for Signs, SCAN decoders, and two SCOUTERs.
 
 python data/make_checkpoints.py                 # all, about 14 minutes on 2 CPU cores
 python data/make_checkpoints.py signs_cnn       # one of them
@@ -82,6 +82,29 @@ def train_decoder(
     scanner.save_decoder(path or CHECKPOINTS / file, half=True, notes=notes)
 
 
+def train_photos_decoder(images: Tensor, mask_by: str = "position", score: str = "log_probability", seed: int = 0) -> SCAN:
+    """Train a decoder of EfficientNet-Lite0 on images (N, 3, 224, 224) in [0, 255], for the predicted classes."""
+    torch.manual_seed(seed)
+    classifier = load_classifier("efficientnet_lite0")
+    classifier.model.requires_grad_(False)
+    scanner = SCAN(classifier.model, classifier.layer, 224, device="cpu", mask_by=mask_by, score=score)
+    scanner.set_preprocess(classifier.preprocess)
+    scanner.generate_decoder(is_Transformer=False, ch_per_lv=(64, 64), output_stride=8, upsampling="bilinear")
+    loader, epochs = DataLoader(TensorDataset(images), batch_size=32, shuffle=True), 11
+    schedule = {"max_lr": 3e-3, "total_steps": epochs * len(loader)}
+    scanner.set_dataset(loader, use_augmentation=(90, 99))
+    scanner.compile(4.0, torch.optim.AdamW, scheduler_class=OneCycleLR, scheduler_kwargs=schedule, scheduler_interval="step")
+    scanner.fit(epochs, seed=seed, verbose=False)
+    return scanner
+
+
+def train_shipped_photos_decoder() -> None:
+    images = torch.stack([image.round().to(torch.uint8) for image, _ in Signs(2000, 224)])
+    notes = {"model": "efficientnet_lite0", "weights": "DEFAULT", "evidence": "GradCAM", "percentiles": [80, 85, 90, 95, 98]}
+    scanner = train_photos_decoder(images)
+    scanner.save_decoder(CHECKPOINTS / "efficientnet_lite0_decoder.pt", half=True, notes=notes | {"layer": scanner.layer_name})
+
+
 def train_scouter(head: str) -> None:
     path = CHECKPOINTS / f"signs_scouter_{head}.pt"
     train_recipe(PRESETS[f"signs-{head}"], path, "cpu")
@@ -101,6 +124,7 @@ RECIPES = {
     "signs_vit_class_decoder": partial(
         train_decoder, "signs_vit", 8.0, 6, 32, 5e-3, (90, 100), mask_by="libra", score="log_probability"
     ),
+    "efficientnet_lite0_decoder": train_shipped_photos_decoder,
     "signs_scouter_positive": partial(train_scouter, "positive"),
     "signs_scouter_negative": partial(train_scouter, "negative"),
 }

@@ -97,7 +97,7 @@ def test_folders_are_small_and_the_package_stays_thin():
     heart = ("layers", "hooks", "targets", "masking", "loss", "decoders", "trainer", "scan")
     assert max(folders.count(folder) for folder in set(folders)) <= 12
     assert sum(lines[ROOT / "scanlib" / f"{name}.py"] for name in heart) <= 1500
-    assert sum(lines.values()) <= 10100
+    assert sum(lines.values()) <= 10400
 
 
 def test_packages_are_listed_in_pyproject():

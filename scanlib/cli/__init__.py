@@ -1,5 +1,6 @@
 """The command line: train a decoder or a SCOUTER, explain images, compare explainers.
 
+python -m scanlib explain cat.jpg
 python -m scanlib train --model squeezenet1_1 --layer features.12 --data photos --out decoder.pt
 python -m scanlib train scouter --preset signs-negative --out negative.pt
 python -m scanlib explain cat.jpg dog.jpg --decoder decoder.pt --percentile 95 --out map.png
@@ -15,6 +16,10 @@ from collections.abc import Sequence
 import torch
 
 from scanlib.cli import compare, explain, scouter, train
+
+
+TRAIN = """Train SCAN's decoder for one layer of a classifier. The default masks by evidence for the class against all others; as
+published is --mask-by gradient --score logit --percentiles 70 100. For SCOUTER: train scouter --help"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,7 +47,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     kinds = commands.add_parser("train", help="train a decoder (default) or a SCOUTER").add_subparsers(required=True)
     for group, name, module, about in (
-        (kinds, "decoder", train, "Train SCAN's decoder for one layer of a classifier. For SCOUTER: train scouter --help"),
+        (kinds, "decoder", train, TRAIN),
         (kinds, "scouter", scouter, "Train a SCOUTER, or the base classifier it starts from."),
         (commands, "explain", explain, "Draw maps, overlays and reconstructions."),
         (commands, "compare", compare, "Measure explainers and two baselines."),

@@ -1,7 +1,7 @@
 """The command ``compare``: measure explainers and two baselines on a folder of images, one row per explainer."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--methods", nargs="+", default=["GradCAM", "LayerCAM"], help=f"of {', '.join(METHODS)}")
     parser.add_argument("--metrics", nargs="+", help=f"of {', '.join(METRICS).replace('%', '%%')}; default: the usual ones")
-    parser.add_argument("--percentiles", type=float, nargs="+", default=[95.0], help="of SCAN's mask, a row for each")
+    parser.add_argument("--percentiles", type=float, nargs="+", help="of SCAN's mask, a row for each; default: the decoder's")
     parser.add_argument("--patch", type=int, default=16, help="side in pixels of the patches that are removed")
     parser.add_argument("--fill", choices=FILLS, default="mean", help="what replaces removed patches")
     parser.add_argument("--steps", type=int, default=10, help="number of steps of deletion and insertion")
@@ -52,10 +52,12 @@ def run(options: argparse.Namespace) -> None:
     classifier.model.to(options.device)
     explainers: dict[str, Callable[..., Tensor]] = {}
     if scanner is not None:
-        explainers |= {f"SCAN, P = {p:g}": scanner.as_explainer(p) for p in options.percentiles}
-        if options.evidence:
-            name = f"SCAN x {options.evidence}, P = {'-'.join(f'{p:g}' for p in options.percentiles)}"
-            explainers[name] = scanner.as_explainer(options.percentiles, build_explainer(options.evidence, classifier))
+        together = options.percentiles or options.default_percentiles
+        for percentiles in [[p] for p in options.percentiles or ()] or [together]:
+            explainers[f"SCAN, P = {_join(percentiles)}"] = scanner.as_explainer(percentiles)
+        if options.evidence not in (None, "none"):
+            weighted = scanner.as_explainer(together, build_explainer(options.evidence, classifier))
+            explainers[f"SCAN x {options.evidence}, P = {_join(together)}"] = weighted
     explainers |= {name: build_explainer(name, classifier) for name in options.methods}
     if options.log_probability:
         explainers = {f"{name}, log p": explain_log_probability(explainer) for name, explainer in explainers.items()}
@@ -77,6 +79,10 @@ def run(options: argparse.Namespace) -> None:
     print(table)
     if options.out:
         (table.to_csv if options.out.suffix == ".csv" else table.to_markdown)(options.out)
+
+
+def _join(percentiles: Sequence[float]) -> str:
+    return "-".join(f"{p:g}" for p in percentiles)
 
 
 def _load_images(data: str, size: int, limit: int) -> tuple[Tensor, Tensor | None]:

@@ -1,15 +1,18 @@
 """The command ``explain``: a row of panels per image, by SCAN, by the slots of a SCOUTER, or by another method."""
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from scanlib.cli.shared import METHODS, add_model_options, build_explainer, load_models, parse_class, validate_methods
 from scanlib.data import read_image
 from scanlib.explainers.base import prepare_inputs
 from scanlib.layers import compute_logits
-from scanlib.models.zoo import Classifier
+from scanlib.metrics import build_class_score, compute_auc, compute_removal_curves
+from scanlib.models.zoo import CHECKPOINTS, Classifier
 from scanlib.plots import overlay, plot_panels
 from scanlib.scouter.model import BaseClassifier, Scouter
 from scanlib.scouter.recipes import load_model
@@ -17,6 +20,7 @@ from scanlib.targets import LogProbability
 from scanlib.training.checkpoint import check_writable
 
 FIGURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")  # formats that matplotlib writes
+PHOTOS_DECODER = CHECKPOINTS / "efficientnet_lite0_decoder.pt"
 Panels = tuple[list[list], list[str], list[str]]  # rows of panels, column titles, row titles
 
 
@@ -28,8 +32,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", help=f"explain the classifier by another method: {', '.join(METHODS)}")
     parser.add_argument("--layer", help="layer of --method or --evidence; default: the last with a spatial extent")
     parser.add_argument("--class", dest="target", help="index or name of the class to explain; default: the predicted class")
-    parser.add_argument("--percentile", type=parse_percentiles, default="95", help="of SCAN's mask; 80,90,95: their mean map")
+    parser.add_argument(
+        "--percentile", type=parse_percentiles, help="of SCAN's mask; 80,90,95: their mean; default: the decoder's"
+    )
     parser.add_argument("--out", type=Path, default=Path("map.png"), help="file of the figure")
+    parser.add_argument("--json", action="store_true", help="print classes, probabilities and metrics of the maps as JSON")
 
 
 def parse_percentiles(text: str) -> list[float]:
@@ -42,8 +49,10 @@ def parse_percentiles(text: str) -> list[float]:
 
 def run(options: argparse.Namespace) -> None:
     """Explain the images, save the figure, and print what each row shows."""
-    if sum(map(bool, (options.decoder, options.scouter, options.model))) != 1:
-        raise ValueError("--decoder, --scouter or --model: exactly one must be given, to choose what to explain")
+    if sum(map(bool, (options.decoder, options.scouter, options.model))) > 1:
+        raise ValueError("--decoder, --scouter or --model: only one can be given, to choose what to explain")
+    if not (options.decoder or options.scouter or options.model):
+        options.decoder = PHOTOS_DECODER
     if options.out.is_dir() or options.out.suffix.lower() not in FIGURES:
         raise ValueError(f"--out must be a file that ends in {', '.join(FIGURES)}, got {str(options.out)!r}")
     check_writable(options.out)
@@ -57,17 +66,21 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--layer needs a --method or --evidence: a decoder and slots belong to the layer they were trained for")
     if options.log_probability and options.scouter and not options.method:
         raise ValueError("--log-probability needs a --decoder or a --method: slots explain logits")
-    explain = _explain_by_slots if options.scouter and not options.method else _explain_classifier
-    rows, titles, names = explain(options)
+    by_slots = options.scouter and not options.method
+    if options.json and by_slots:
+        raise ValueError("--json needs a --decoder or a --method: slots have no metrics of maps")
+    rows, titles, names = _explain_by_slots(options) if by_slots else _explain_classifier(options)
     figure = plot_panels(rows, titles, names, size=2.2)
     figure.savefig(options.out, dpi=120)
+    if options.json:
+        return
     for path, name in zip(options.images, names, strict=True):
         print(f"{path}: {name}".replace("\n", "; "))
     print(f"{options.out}: {len(rows)} explained")
 
 
 def _explain_classifier(options: argparse.Namespace) -> Panels:
-    """Explain by ``--method``, or by the SCAN of ``--decoder``, whose reconstructions are another column."""
+    """Explain by ``--method``, or by the SCAN of ``--decoder`` beside Grad-CAM and the reconstruction."""
     if options.scouter:
         model, recipe = load_model(options.scouter)
         network = model.model if isinstance(model, BaseClassifier) else model
@@ -85,23 +98,45 @@ def _explain_classifier(options: argparse.Namespace) -> Panels:
         probabilities = compute_logits(classifier.model, inputs).softmax(1).cpu()
     classes = probabilities.argmax(1).tolist() if target is None else [target] * len(images)
     targets = [LogProbability(c) for c in classes] if options.log_probability else classes
-    reconstruction = {}
+    of_score = "\nof log p" if options.log_probability else ""
     if scanner is None:
-        title, maps = options.method, build_explainer(options.method, classifier, options.layer)(images, targets)
+        maps = {options.method + of_score: build_explainer(options.method, classifier, options.layer)(images, targets).cpu()}
     else:
-        title = f"confidence, P = {' '.join(f'{p:g}' for p in options.percentile)}"
-        maps, reconstruction["reconstruction"] = scanner(images, targets, options.percentile)
-        if options.evidence:
-            title += f",\nby {options.evidence}, normalized"
+        percentiles = options.percentile or options.default_percentiles
+        title, reading = "SCAN", f"\nP = {' '.join(f'{p:g}' for p in percentiles)}"
+        heat, reconstruction = scanner(images, targets, percentiles)
+        if options.evidence not in (None, "none"):
+            title += f" x {options.evidence}"
             evidence = build_explainer(options.evidence, classifier, options.layer)
-            maps = scanner.as_explainer(options.percentile, evidence)(images, targets)
-    if options.log_probability:
-        title += ",\nof log p"
-    maps = maps.cpu()
-    overlays = [overlay(image, heat) for image, heat in zip(images, maps, strict=True)]
-    columns = {"image": images, title: maps, "overlay": overlays} | reconstruction
-    names = [f"{classifier.classes[c]} {p[c]:.2f}" for p, c in zip(probabilities, classes, strict=True)]
+            heat = scanner.as_explainer(percentiles, evidence)(images, targets)
+        cam = build_explainer("GradCAM", classifier)(images, targets)
+        maps = {title + of_score + reading: heat.cpu(), f"GradCAM{of_score}": cam.cpu()}
+    overlays = [[overlay(*each) for each in zip(images, heat, strict=True)] for heat in maps.values()]
+    columns: dict = {"image": images, next(iter(maps)): next(iter(maps.values())), "overlay": overlays[0]}
+    if scanner is not None:
+        columns |= {f"GradCAM{of_score}": overlays[1], "reconstruction": reconstruction}
+    ranked = [p.topk(min(3, len(p))).indices.tolist() for p in probabilities]
+    listed = [dict.fromkeys([c, *best]) for c, best in zip(classes, ranked, strict=True)]
+    names = [
+        "\n".join(f"{classifier.classes[c]} {p[c]:.2f}" for c in each) for p, each in zip(probabilities, listed, strict=True)
+    ]
+    if options.json:
+        score = build_class_score(classifier.model, classifier.preprocess, torch.tensor(classes))
+        metrics = {title.split("\n")[0]: _measure_maps(score, images, heat) for title, heat in maps.items()}
+        for i, path in enumerate(options.images):
+            top = {classifier.classes[c]: round(float(probabilities[i, c]), 4) for c in listed[i]}
+            found = {"image": str(path), "class": classifier.classes[classes[i]], "probabilities": top}
+            print(json.dumps(found | {"maps": {title: each[i] for title, each in metrics.items()}}))
     return [list(row) for row in zip(*columns.values(), strict=True)], list(columns), names
+
+
+def _measure_maps(score, images: Tensor, maps: Tensor) -> list[dict]:
+    """Return metrics of each map (N, H, W): its peak (x, y) in pixels, its share above 0.5, deletion and insertion."""
+    curves = compute_removal_curves(score, images, maps, steps=10, patch=max(4, images.shape[-1] // 14))
+    areas = [compute_auc(curve).tolist() for curve in curves]
+    peaks = [(index % maps.shape[-1], index // maps.shape[-1]) for index in maps.flatten(1).argmax(1).tolist()]
+    rows = zip(peaks, (maps > 0.5).float().mean((1, 2)).tolist(), *areas, strict=True)
+    return [{"peak": p, "share above 0.5": round(a, 4), "deletion": round(d, 4), "insertion": round(i, 4)} for p, a, d, i in rows]
 
 
 def _explain_by_slots(options: argparse.Namespace) -> Panels:

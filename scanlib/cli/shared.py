@@ -26,7 +26,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder", type=Path, help="file of a decoder, saved by train: chooses the classifier and adds SCAN")
     parser.add_argument("--model", help="without --decoder: signs_cnn, signs_vit, vit_tiny, or any torchvision classifier")
     parser.add_argument("--weights", help="path of a state dict, DEFAULT, or none; default: as in training, or DEFAULT")
-    parser.add_argument("--evidence", metavar="METHOD", help="with --decoder: the map of METHOD, weighted by SCAN's confidence")
+    parser.add_argument(
+        "--evidence",
+        metavar="METHOD",
+        help="with --decoder: the map of METHOD, weighted by SCAN's confidence; none for SCAN alone; default: the decoder's",
+    )
     parser.add_argument(
         "--log-probability",
         action="store_true",
@@ -35,8 +39,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def validate_methods(option: str, names: Sequence[str | None]) -> None:
-    """Raise ValueError for unknown names. None, an option without a value, is allowed."""
-    if unknown := [name for name in names if name is not None and name not in METHODS]:
+    """Raise ValueError for unknown names. None, an option without a value, and "none" are allowed."""
+    if unknown := [name for name in names if name and name not in ("none", *METHODS)]:
         raise ValueError(f"{option} must be among {', '.join(METHODS)}, got {' '.join(unknown)}")
 
 
@@ -48,8 +52,9 @@ def build_explainer(name: str, classifier: Classifier, layer: str | None = None)
 def load_models(options: argparse.Namespace) -> tuple[Classifier, SCAN | None]:
     """Load the classifier of ``--decoder`` with its SCAN, or that of ``--model``.
 
-    A decoder of the log-probability sets ``--log-probability``, so that all methods explain the same score. Raises ValueError if
-    the decoder's file does not name its layer or its classifier.
+    A decoder of the log-probability sets ``--log-probability``, so that all methods explain the same score. A decoder's notes may
+    name the default of ``--evidence``, and the percentiles whose mean map is the default: ``options.default_percentiles``. Raises
+    ValueError if the file does not name its layer or its classifier.
     """
     if not options.decoder:
         return load_classifier(options.model, parse_weights(options.weights or "DEFAULT")), None
@@ -67,6 +72,10 @@ def load_models(options: argparse.Namespace) -> tuple[Classifier, SCAN | None]:
         )
     classifier = load_classifier(notes["model"], weights)
     options.log_probability |= identity["score"] == "log_probability"
+    options.default_percentiles = notes.get("percentiles", [95.0])
+    if options.evidence is None:
+        options.evidence = notes.get("evidence")
+        validate_methods(f"the evidence of {options.decoder}", [options.evidence])
     own = {"device": options.device, "mask_by": identity["mask_by"], "score": identity["score"]}
     scanner = SCAN(classifier.model, identity["layer"], tuple(identity["image_size"]), **own)
     return classifier, scanner.set_preprocess(classifier.preprocess).load_decoder(options.decoder)

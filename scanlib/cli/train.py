@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, random_split
 
 from scanlib.data import PhotoFolder, Signs
 from scanlib.masking import MASK_METHODS
-from scanlib.models.zoo import load_classifier, parse_weights
+from scanlib.models.zoo import Classifier, load_classifier, parse_weights
 from scanlib.scan import SCAN
 from scanlib.training.checkpoint import check_writable
 from scanlib.training.encoding import SCORES
@@ -29,9 +29,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=16)
     add("--learning-rate", type=float, default=8e-3, help="peak of the one-cycle schedule")
     add("--alpha", type=float, default=4.0, help="the map should cover 1 / (1 + alpha) of the image")
-    add("--mask-by", choices=MASK_METHODS, default="gradient", help="what the percentile ranks")
-    add("--score", choices=SCORES, default="logit", help="the score of the class that is explained")
-    add("--percentiles", type=float, nargs=2, default=(70, 100), metavar=("LOW", "HIGH"), help="range of the random percentile")
+    add("--mask-by", choices=MASK_METHODS, help="what the percentile ranks; default: position for feature maps, libra for tokens")
+    add("--score", choices=SCORES, default="log_probability", help="the score of the class that is explained")
+    add("--percentiles", type=float, nargs=2, default=(90, 99), metavar=("LOW", "HIGH"), help="range of the random percentile")
     add("--widths", type=int, nargs="+", help="decoder channels at strides 4, 8, 16, 32; default: chosen for the layer")
     add("--decoder-kind", choices=("convolutional", "transformer"), help="default: chosen for the layer")
     add("--output-stride", type=int, help="image pixels per decoded pixel; default: decode at four times the feature grid")
@@ -42,6 +42,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=0, help="number of processes that read images")
     add("--seed", type=int, default=0)
     add("--amp", action="store_true", help="bfloat16 autocast")
+
+
+EVIDENCE = {"position": "GradCAM", "libra": "Libra"}  # mask_by: what explain and compare weight by the confidence
+READ_AT = [80.0, 85.0, 90.0, 95.0, 98.0]  # percentiles whose mean map explain and compare show
 
 
 class UnlabelledSigns(Signs):
@@ -71,8 +75,9 @@ def run(options: argparse.Namespace) -> None:
     train, validation = random_split(data, [len(data) - held_out, held_out], torch.Generator().manual_seed(options.seed))
 
     torch.manual_seed(options.seed)
-    own = {"device": options.device, "mask_by": options.mask_by, "score": options.score}
-    scanner = SCAN(classifier.model, options.layer or classifier.layer, size, **own)
+    layer = options.layer or classifier.layer
+    mask_by = options.mask_by or _choose_mask(classifier, layer, size)
+    scanner = SCAN(classifier.model, layer, size, device=options.device, mask_by=mask_by, score=options.score)
     scanner.set_preprocess(classifier.preprocess)
     loader = DataLoader(train, options.batch_size, shuffle=True, num_workers=options.workers)
     scanner.set_dataset(loader, tuple(options.percentiles))
@@ -90,6 +95,15 @@ def run(options: argparse.Namespace) -> None:
     scanner.fit(options.epochs, checkpoint=checkpoint, seed=options.seed, amp=options.amp)
     weights = options.weights if options.weights in (None, "DEFAULT") else str(Path(options.weights).resolve())
     layer = scanner.layer_name  # may differ from --layer: SCAN moves it if the patch tokens get no gradient
-    scanner.save_decoder(options.out, notes={"model": options.model, "weights": weights, "layer": layer})
+    notes = {"model": options.model, "weights": weights, "layer": layer}
+    if mask_by in EVIDENCE:
+        notes |= {"evidence": EVIDENCE[mask_by], "percentiles": READ_AT}
+    scanner.save_decoder(options.out, notes=notes)
     checkpoint.unlink(missing_ok=True)
     print(f"{options.out}: decoder of {options.model}, layer {layer}, from {len(train)} images")
+
+
+def _choose_mask(classifier: Classifier, layer: str, size: tuple[int, int]) -> str:
+    """Return "position" for a layer with channels first, "libra" for tokens and channels last."""
+    probe = SCAN(classifier.model, layer, size, device="cpu").set_preprocess(classifier.preprocess)
+    return "position" if probe.layout.kind == "BCHW" else "libra"

