@@ -24,7 +24,9 @@ METHODS = {  # explainers that need a model only, and return one map per image
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``explain`` and ``compare`` that choose a classifier, its SCAN, and what is explained."""
     parser.add_argument("--decoder", type=Path, help="file of a decoder, saved by train: chooses the classifier and adds SCAN")
-    parser.add_argument("--model", help="without --decoder: signs_cnn, signs_vit, vit_tiny, or any torchvision classifier")
+    parser.add_argument(
+        "--model", help="without --decoder: signs_cnn, signs_vit, efficientnet_lite0, vit_tiny, or any torchvision classifier"
+    )
     parser.add_argument("--weights", help="path of a state dict, DEFAULT, or none; default: as in training, or DEFAULT")
     parser.add_argument(
         "--evidence",

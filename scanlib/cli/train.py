@@ -20,10 +20,10 @@ from scanlib.training.encoding import SCORES
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options: model, data, decoder and training."""
     add = parser.add_argument
-    add("--model", required=True, help="signs_cnn, signs_vit, vit_tiny, or any torchvision classifier")
+    add("--model", required=True, help="signs_cnn, signs_vit, efficientnet_lite0, vit_tiny, or any torchvision classifier")
     add("--weights", type=parse_weights, default="DEFAULT", help="path of a state dict, DEFAULT, or none for random weights")
     add("--layer", help="name of the target layer; default: the model's default layer")
-    add("--data", required=True, help="a folder of images (flat, or one folder per class), or signs")
+    add("--data", default="signs", help="signs, drawn scenes, or a folder of images (flat, or one folder per class)")
     add("--out", required=True, type=Path, help="file of the decoder; a killed run continues from OUT.run")
     add("--epochs", type=int, default=4)
     add("--batch-size", type=int, default=16)

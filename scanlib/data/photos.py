@@ -36,23 +36,36 @@ def read_image(file: str | os.PathLike | BinaryIO, size: int | None = None, *, f
     point, [0, 255], [0, 1023], [0, 4095], [0, 16383] or [0, 65535]; else, and with negative values, from its minimum to its
     maximum.
     """
+    name = file if isinstance(file, (str, os.PathLike)) else getattr(file, "name", "the file")
     if isinstance(file, (str, os.PathLike)) and Path(file).exists() and not Path(file).is_file():
-        raise OSError(f"{file} is not a file, so it cannot be read as an image")
-    with Image.open(file) as opened:
-        if opened.width * opened.height > MAX_PIXELS:
-            size_now = f"{opened.width} x {opened.height}"
-            raise OSError(f"{file} has {size_now} pixels, more than {MAX_PIXELS / 1e6:.0f} million; make it smaller first")
-        if fast and size is not None:
-            opened.draft(None, (size, size))  # JPEG only
-        image = ImageOps.exif_transpose(opened)
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        if image.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel: scale, because convert() would clip
-            image = Image.fromarray(_scale_to_bytes(np.asarray(image)))
-        image = image.convert("RGB")
-        if size is not None:
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1).contiguous()
+        raise OSError(f"{name} is not a file, so it cannot be read as an image")
+    try:
+        with Image.open(file) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels")
+            if fast and size is not None:
+                opened.draft(None, (size, size))  # JPEG only
+            pixels = _convert_to_rgb(ImageOps.exif_transpose(opened))
+    except FileNotFoundError:
+        raise
+    except Image.DecompressionBombError as error:
+        limit = f"more than {MAX_PIXELS / 1e6:.0f} million pixels"
+        raise OSError(f"{name} has {limit} ({' '.join(str(error).split())}); make it smaller first") from error
+    except Exception as error:  # Pillow's plugins raise many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"{name} cannot be read as an image ({reason})") from error
+    if size is not None:
+        pixels = ImageOps.fit(pixels, (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(pixels, dtype=np.float32)).permute(2, 0, 1).contiguous()
+
+
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB; transparent images lie on white."""
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel: scale, because convert() would clip
+        image = Image.fromarray(_scale_to_bytes(np.asarray(image)))
+    return image.convert("RGB")
 
 
 def _scale_to_bytes(values: np.ndarray) -> np.ndarray:
@@ -100,9 +113,9 @@ def _find_fault(path: Path) -> str:
     """Return why a file cannot be read as an image; "" if it can."""
     try:
         read_image(path, 8, fast=True)  # only decoding finds truncated files
-    except Exception as error:  # Pillow's plugins raise many kinds
+    except OSError as error:
         hint = "install pillow-heif and call its register_heif_opener()" if path.suffix.lower() in (".heic", ".heif") else ""
-        return hint or " ".join(str(error).split())[:100] or type(error).__name__
+        return hint or str(error.__cause__ or error)[:100]
     return ""
 
 

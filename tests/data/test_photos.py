@@ -51,10 +51,29 @@ def test_unreadable_files_are_named_and_skipped(tmp_path):
     (tmp_path / "notes.txt").write_text("not an image, and not named as one")
     with pytest.warns(
         UserWarning,
-        match="3 of 4 images .* are skipped: cut.jpg \(image file is truncated.*\), empty.png \(.*\), text.png \(.*\)",
+        match=r"3 of 4 images .* are skipped: cut.jpg \(image file is truncated.*\), empty.png \(.*\), text.png \(.*\)",
     ):
         folder = PhotoFolder(tmp_path, 8)
     assert len(folder) == 1 and [path.name for path in folder.skipped] == ["cut.jpg", "empty.png", "text.png"]
+
+
+def test_errors_are_one_line_that_names_the_file(tmp_path, monkeypatch):
+    Image.new("RGB", (60, 60)).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "damaged.png").write_bytes(content[:40] + bytes(8) + content[48:])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice as many before it gives the size
+    with pytest.raises(OSError, match=r"whole.png has more than 64 million pixels \(Image size .*\); make it smaller first"):
+        read_image(tmp_path / "whole.png")
+    monkeypatch.undo()
+    for name in ("cut.png", "damaged.png"):
+        with pytest.raises(OSError, match=rf"{name} cannot be read as an image \(.+\)") as raised:
+            read_image(tmp_path / name)
+        assert "\n" not in str(raised.value)
+    with open(tmp_path / "cut.png", "rb") as file, pytest.raises(OSError, match=r"cut.png cannot be read as an image"):
+        read_image(file)
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / "none.png")
 
 
 def test_without_check_no_file_is_read(tmp_path, monkeypatch):
@@ -158,7 +177,7 @@ def test_other_endings_are_images_too(tmp_path):
 def test_files_of_many_pixels_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(photos, "MAX_PIXELS", 10_000)
     Image.new("L", (200, 100)).save(tmp_path / "bomb.png")
-    with pytest.raises(OSError, match="bomb.png has 200 x 100 pixels, more than 0 million; make it smaller first"):
+    with pytest.raises(OSError, match=r"bomb.png has more than 0 million pixels \(200 x 100 pixels\); make it smaller first"):
         read_image(tmp_path / "bomb.png")
     save_image(tmp_path / "small.png")
     with pytest.warns(UserWarning, match=r"1 of 2 images .* bomb.png \(.*200 x 100 pixels"):
