@@ -1,7 +1,7 @@
 """Do maps of a network trained on ImageNet answer for the class that is asked? Writes benchmarks/COLLAGES.md.
 
 apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default_*.deb stamps      # on Debian or Ubuntu
-python benchmarks/collages.py --stamps stamps/usr/share/tuxpaint/stamps      # 15 minutes on one CPU core
+python benchmarks/collages.py --stamps stamps/usr/share/tuxpaint/stamps      # 8 minutes on one CPU core
 
 Two objects are pasted on a photograph that ships with the repository. The objects are the stamps in stamps.json: photographic
 cut-outs of Tux Paint (GPL-2). On a plain background EfficientNet-Lite0 names them rightly and is more than half sure. A checksum

@@ -483,7 +483,7 @@ def torture_commands(scale: float, draw: random.Random, folder: Path) -> list[Ro
         f"compare signs --model signs_cnn --limit 2 {rest}"
         for rest in ("--limit 0", "--methods X", "--metrics X", "--out x.txt", "--patch 999")
     ]
-    train = "train --model signs_cnn --scenes 8 --data signs"
+    train = "train --model signs_cnn --count 8 --data signs"
     lines += [
         f"{train} --epochs 0 --out {folder / 't.pt'}",
         f"{train} --out {a / 't.pt'}",

@@ -4,6 +4,7 @@ photos = PhotoFolder("holiday", size=224)
 image, label = photos[0]            # float32 (3, 224, 224) in [0, 255], int (-1: unknown)
 """
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -183,3 +185,33 @@ class PhotoFolder(ImageFiles):
             warnings.warn(f"{len(empty)} folders in {root} have no readable image: {', '.join(empty[:5])}", stacklevel=2)
         if not kept:
             raise ValueError(f"root must have a readable image ({', '.join(EXTENSIONS)}) in it or in its folders, got {root}")
+
+
+class RandomParts(Dataset):
+    """The items of a data set, and then random parts of their images, until there are ``count`` items. Item: (image, label).
+
+    A part covers at least 35 % of the image, is mirrored or not, and is resized to the image's size. An item depends on its index
+    alone. Raises ValueError if the data set is empty.
+    """
+
+    def __init__(self, data: Dataset, count: int):
+        if len(data) == 0:  # type: ignore[arg-type]
+            raise ValueError("data must have at least one image, got none")
+        self.data, self.count = data, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple:
+        if not -self.count <= index < self.count:
+            raise IndexError(f"index must be in [{-self.count}, {self.count}), got {index}")
+        index %= self.count
+        image, label = self.data[index % len(self.data)]  # type: ignore[arg-type]
+        if index < len(self.data):  # type: ignore[arg-type]
+            return image, label
+        rng = np.random.default_rng(index)
+        height, width = (max(1, round(length * math.sqrt(rng.uniform(0.35, 1)))) for length in image.shape[1:])
+        top, left = (int(rng.integers(length - part + 1)) for length, part in zip(image.shape[1:], (height, width), strict=True))
+        part = image[:, top : top + height, left : left + width]
+        part = part.flip(2) if rng.random() < 0.5 else part
+        return F.interpolate(part[None], image.shape[1:], mode="bilinear", antialias=True)[0], label

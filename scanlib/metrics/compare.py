@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from scanlib.explainers.base import at_least_float32, choose_batch_size, prepare_inputs, validate_maps
 from scanlib.layers import compute_logits
 from scanlib.metrics.baselines import make_centre_maps, make_random_maps
-from scanlib.metrics.definitions import METRICS as METRICS, OF_OTHER_CLASSES, MetricInputs, Metrics, select_metrics
+from scanlib.metrics.definitions import METRICS as METRICS, NEEDED, OF_OTHER_CLASSES, MetricInputs, Metrics, select_metrics
 from scanlib.metrics.localisation import compute_energy_inside, compute_iou, compute_peak_inside, validate_masks
 from scanlib.metrics.quality import ExplainerFunction, run_explainer
 from scanlib.metrics.removal import (
@@ -101,9 +101,11 @@ def compare(
     options: dict[str, Any] = {"patch": patch, "batch_size": batch_size, "seed": seed}
     found = Comparison({}, {name: way for name, (way, _) in metrics.items()}, {}, {}, seed=seed)
     kept = f"ROAD keeps {', '.join(f'{p:g}' for p in percentiles)} %; " if any("ROAD" in name for name in metrics) else ""
+    fill_name = getattr(fill, "__name__", "your own").removeprefix("fill_")
+    removed = f"removed: patches of {patch} px in {steps} steps, fill {fill_name}; "
     found.note = (
-        f"{len(images)} images, {'predicted' if target is None else 'given'} class; removed: patches of {patch} px in {steps} "
-        f"steps, fill {getattr(fill, '__name__', 'your own').removeprefix('fill_')}; {kept}seed {seed}, "
+        f"{len(images)} images, {'predicted' if target is None else 'given'} class; "
+        f"{removed if set(metrics) - set(NEEDED) else ''}{kept}seed {seed}, "
         f"{time.strftime('%Y-%m-%d')}; ± is half the bootstrap 95 % interval over the images; bold: the best, and ties."
     )
     with torch.no_grad():

@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def test_train_and_explain_with_masks_by_relevance(folder, tmp_path, capsys):
-    out, rest = tmp_path / "decoder.pt", "--epochs 1 --batch-size 4 --device cpu"
+    out, rest = tmp_path / "decoder.pt", "--epochs 1 --batch-size 4 --count 8 --device cpu"
     with pytest.warns(UserWarning, match="1 of 9 images"):
         main(f"train --model signs_vit --data {folder} --out {out} {rest} --mask-by relevance".split())
     main(f"explain {folder / '0.png'} --decoder {out} --log-probability --out {tmp_path / 'map.png'}".split())
@@ -46,7 +46,7 @@ def load_signs():
 def test_train_and_explain(folder, tmp_path, capsys):
     out = tmp_path / "made" / "decoder.pt"
     with pytest.warns(UserWarning, match="1 of 9 images"):
-        options = "--epochs 2 --batch-size 4 --mask-by position --percentiles 90 95"
+        options = "--epochs 2 --batch-size 4 --count 12 --mask-by position --percentiles 90 95"
         main(f"train --model signs_cnn --data {folder} --out {out} {options}".split())
     assert "decoder of signs_cnn, layer layer4, from 7 images" in capsys.readouterr().out
     assert [path.name for path in out.parent.iterdir()] == ["decoder.pt"]  # the checkpoint of the run is deleted
@@ -97,7 +97,7 @@ def test_log_probability(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_train_on_signs(tmp_path):
-    main(f"train --model signs_cnn --layer layer3 --data signs --scenes 20 --out {tmp_path / 'd.pt'} --epochs 1".split())
+    main(f"train --model signs_cnn --layer layer3 --data signs --count 20 --out {tmp_path / 'd.pt'} --epochs 1".split())
     assert torch.load(tmp_path / "d.pt", weights_only=True)["identity"]["layer"] == "layer3"
 
 
@@ -107,7 +107,7 @@ def test_train_on_signs(tmp_path):
 def test_decoder_kind_and_a_layer_that_is_moved(folder, tmp_path, capsys, kind, decoder):
     out, option = tmp_path / "d.pt", f"--decoder-kind {kind}" if kind else ""
     with pytest.warns(UserWarning, match="target_layer is now 'encoder.layers.encoder_layer_5.ln_1'"):
-        rest = f"--data signs --scenes 8 --epochs 1 --out {out} {option}"
+        rest = f"--data signs --count 8 --epochs 1 --out {out} {option}"
         main(f"train --model signs_vit --layer encoder.layers.encoder_layer_5 {rest}".split())
     assert "layer encoder.layers.encoder_layer_5.ln_1, from 7 images" in capsys.readouterr().out
     assert torch.load(out, weights_only=True)["config"]["decoder"] == f"{decoder}Decoder"
@@ -124,14 +124,14 @@ def test_decoder_kind_and_a_layer_that_is_moved(folder, tmp_path, capsys, kind, 
         ),
         ("train --model signs_cnn --data nowhere --out d.pt", "scanlib train: root must be a folder of images"),
         (
-            "train --model signs_cnn --layer layr4 --data signs --scenes 10 --out d.pt",
+            "train --model signs_cnn --layer layr4 --data signs --count 10 --out d.pt",
             "target_layer 'layr4' not found; close matches: layer4",
         ),
         ("train --model signs_cnn --data signs --out tests", "--out must be a file, got the folder tests; give tests"),
         ("train --model signs_cnn --data signs --out d.pt --validation 1", "--validation must be in [0, 1), got 1.0"),
         (
             "train --model signs_cnn --data signs --out d.pt --epochs 0",
-            "--epochs and --learning-rate must be positive, got 0 and 0.008",
+            "--epochs must be positive, got 0",
         ),
         ("explain a.png --decoder none.pt", "scanlib explain: no checkpoint at none.pt"),
     ],
@@ -193,7 +193,7 @@ def test_explain_needs_an_image_only(tmp_path, monkeypatch, capsys):
 )
 def test_train_chooses_the_mask_for_the_layer(model, mask_by, evidence, tmp_path, capsys):
     out = tmp_path / "d.pt"
-    main(f"train --model {model} --data signs --scenes 20 --batch-size 10 --epochs 1 --out {out}".split())
+    main(f"train --model {model} --data signs --count 20 --batch-size 10 --epochs 1 --out {out}".split())
     saved = torch.load(out, weights_only=True)
     assert saved["identity"]["mask_by"] == mask_by and saved["identity"]["score"] == "log_probability"
     assert saved["notes"]["evidence"] == evidence and saved["notes"]["percentiles"] == [80, 85, 90, 95, 98]
@@ -201,7 +201,7 @@ def test_train_chooses_the_mask_for_the_layer(model, mask_by, evidence, tmp_path
     table = capsys.readouterr().out
     assert "| SCAN, P = 80-85-90-95-98, log p |" in table and f"| SCAN x {evidence}, P = 80-85-90-95-98, log p |" in table
     published = "--mask-by gradient --score logit --percentiles 70 100"
-    main(f"train --model {model} --data signs --scenes 20 --batch-size 10 --epochs 1 --out {out} {published}".split())
+    main(f"train --model {model} --data signs --count 20 --batch-size 10 --epochs 1 --out {out} {published}".split())
     assert "evidence" not in torch.load(out, weights_only=True)["notes"]
 
 
@@ -211,7 +211,7 @@ def test_train_passes_its_options(tmp_path, monkeypatch):
     options = "--alpha 9 --percentiles 80 90 --widths 16 16 --output-stride 4 --upsampling bilinear --mask-by attribution"
     options += " --score log_probability"
     options += " --learning-rate 0.004 --seed 3 --batch-size 8 --validation 0.2 --epochs 1"
-    main(f"train --model signs_cnn --data signs --scenes 40 --out {tmp_path / 'd.pt'} {options}".split())
+    main(f"train --model signs_cnn --data signs --count 40 --out {tmp_path / 'd.pt'} {options}".split())
     ((scanner, given),) = calls
     trainer = scanner.trainer
     assert trainer.config["alpha"] == 9 and scanner.use_augmentation == (80, 90)
@@ -229,7 +229,7 @@ def test_train_exits_with_one_line_for_a_loss_that_is_not_finite(tmp_path):
     with pytest.raises(
         SystemExit, match=r"scanlib train: the loss became (nan|inf) in epoch 1, step \d+; start from new weights"
     ):
-        main(f"train --model signs_cnn --data signs --scenes 80 --out {tmp_path / 'd.pt'} --learning-rate 1e30".split())
+        main(f"train --model signs_cnn --data signs --count 80 --out {tmp_path / 'd.pt'} --learning-rate 1e30".split())
     assert not (tmp_path / "d.pt").exists()
 
 
@@ -239,14 +239,14 @@ def test_labels_of_signs_are_unknown_to_another_model(tmp_path, monkeypatch):
     seen = []
     real = encoding.resolve_classes
     monkeypatch.setattr(encoding, "resolve_classes", lambda logits, t, u=False: seen.append(t) or real(logits, t, u))
-    options = "--weights none --image-size 64 --scenes 4 --batch-size 2 --epochs 1 --validation 0 --widths 8 8 8 8"
+    options = "--weights none --image-size 64 --count 4 --batch-size 2 --epochs 1 --validation 0 --widths 8 8 8 8"
     main(f"train --model resnet18 --data signs --out {tmp_path / 'd.pt'} {options}".split())
     assert all(target.eq(-1).all() for target in seen if target is not None)
 
 
 def test_explain_exits_with_one_line_for_bad_options_and_images(folder, tmp_path):
     out = tmp_path / "d.pt"
-    main(f"train --model signs_cnn --data signs --scenes 10 --out {out} --epochs 1".split())
+    main(f"train --model signs_cnn --data signs --count 10 --out {out} --epochs 1".split())
     for arguments, message in [
         (["--class", "sta"], "--class 'sta' not found; close matches: star"),
         (["--class", "10"], "--class must be in 0..9 for this model, got 10"),
@@ -374,7 +374,9 @@ def test_restarted_training_on_other_data_is_refused(folder, tmp_path, tmp_path_
     for i in range(8):
         Image.new("RGB", (64, 64), (i, 0, 0)).save(other / f"{i}.png")
     (folder / "broken.png").unlink()
-    command = "train --model signs_cnn --epochs 2 --batch-size 4 --validation 0 --widths 4 4 4 4 --out " + str(tmp_path / "d.pt")
+    command = "train --model signs_cnn --epochs 2 --batch-size 4 --count 8 --validation 0 --widths 4 4 4 4 --out " + str(
+        tmp_path / "d.pt"
+    )
     monkeypatch.setattr(SCAN, "save_decoder", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         main([*command.split(), "--data", str(other)])  # killed after the last epoch

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, features
 
-from scanlib.data import PhotoFolder, photos, read_image
+from scanlib.data import PhotoFolder, RandomParts, photos, read_image
 
 
 def save_image(path, size=(40, 30), colour=(200, 100, 50), mode="RGB", **options):
@@ -211,3 +211,21 @@ def test_labels_do_not_shift_behind_a_class_that_cannot_be_read(tmp_path, monkey
     monkeypatch.setattr(os, "walk", walk)
     with pytest.raises(OSError, match=r"the folder .*b cannot be read \(Permission denied\)"):
         PhotoFolder(tmp_path, 8)
+
+
+def test_random_parts_follow_the_images_themselves():
+    ramp = torch.arange(40.0)[None, None].expand(3, 30, 40)
+    parts = RandomParts([(ramp, 1), (ramp.flip(2), 2)], 30)
+    assert len(parts) == 30 and torch.equal(parts[0][0], ramp) and torch.equal(parts[1][0], ramp.flip(2))
+    spans = []
+    for index in range(2, 30):
+        image, label = parts[index]
+        assert image.shape == (3, 30, 40) and label == 1 + index % 2 and torch.equal(image, parts[index][0])
+        steps = image[0, 0].diff()
+        assert (steps > 0).all() or (steps < 0).all()  # a part of the ramp, mirrored or not
+        spans.append(float(image.max() - image.min() + 1) / 40)
+    assert min(spans) >= 0.55 and max(spans) <= 1 and torch.tensor(spans).std() > 0.05
+    with pytest.raises(IndexError, match=r"index must be in \[-30, 30\), got 30"):
+        parts[30]
+    with pytest.raises(ValueError, match="data must have at least one image, got none"):
+        RandomParts([], 3)

@@ -103,6 +103,8 @@ def test_markdown_and_csv(scene, tmp_path):
     ]
     assert "centre prior" in lines[5] and lines[5].endswith("| - |")
     assert "5 images" in lines[7] and "seed 0" in lines[7] and "patches of 4 px in 10 steps, fill mean" in lines[7]
+    of_places = compare(model, images, explainers, ("energy", "peak"), masks=masks, progress=False)
+    assert "removed" not in of_places.note and "5 images, predicted class; seed 0" in of_places.note
     found.to_csv(tmp_path / "table.csv")
     rows = list(csv.DictReader(open(tmp_path / "table.csv", encoding="utf-8")))
     assert [row["explainer"] for row in rows] == ["Grad-CAM", "Layer-CAM", "random", "centre prior"]
