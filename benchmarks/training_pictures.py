@@ -1,6 +1,6 @@
 """Which pictures to train SCAN's decoder on, for EfficientNet-Lite0; writes benchmarks/TRAINING_PICTURES.md.
 
-python benchmarks/training_pictures.py --photographs FOLDER --boxes FOLDER     # folders as in photographs.py; 40 minutes, 1 core
+python benchmarks/training_pictures.py --photographs FOLDER --boxes FOLDER     # folders as in photographs.py; an hour, 1 core
 
 Each decoder sees 2,000 pictures, and takes as many steps. Photographs are cropped and mirrored at random until there are as many.
 The maps are judged on the photographs and boxes of another part, which no decoder was trained on.
@@ -119,7 +119,9 @@ def main() -> None:
         f"torch {torch.__version__}, {platform.machine()} CPU, {torch.get_num_threads()} threads"
     )
     path = ROOT / "benchmarks" / "TRAINING_PICTURES.md"
-    path.write_text(f"# What to train on\n\n{__doc__.split(chr(10))[0]}\n\n{table.to_markdown()}\n", encoding="utf-8")
+    about = "Which pictures to train SCAN's decoder on, for EfficientNet-Lite0. By `python benchmarks/training_pictures.py`: "
+    about += "each decoder sees 2,000 pictures."
+    path.write_text(f"# What to train on\n\n{about}\n\n{table.to_markdown()}\n", encoding="utf-8")
     print(f"wrote {path}")
 
 

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--json needs a --decoder or a --method: slots have no metrics of maps")
     rows, titles, names = _explain_by_slots(options) if by_slots else _explain_classifier(options)
     figure = plot_panels(rows, titles, names, size=2.2)
-    figure.savefig(options.out, dpi=120)
+    figure.savefig(options.out, dpi=120, bbox_inches="tight")
     if options.json:
         return
     for path, name in zip(options.images, names, strict=True):

@@ -314,7 +314,8 @@ def test_cam_of_the_base_on_the_command_line(data_folders, tmp_path, capsys):
     assert "1 explained" in capsys.readouterr().out
     for arguments, message in (
         (f"explain p.png --scouter {base}", "got the base"),
-        ("explain p.png", "--decoder, --scouter or --model"),
+        (f"explain p.png --scouter {base} --model signs_cnn", "--decoder, --scouter or --model"),
+        ("explain p.png --model signs_cnn --method GradCAM", "No such file or directory: 'p.png'"),
         ("explain p.png --model signs_cnn", "--model needs a --method"),
         ("explain p.png --model signs_cnn --method Gradcam", "--method must be among "),
         (f"train scouter --preset mnist-positive --out {tmp_path / 'x.pt'}", "train --preset mnist-base first"),
