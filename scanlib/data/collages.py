@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from numpy.random import Generator
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
 
 from scanlib.data.photos import list_image_files, read_image, simplify_name
-from scanlib.data.signs import Scene
+from scanlib.data.signs import Scene, SceneDataset
 
 
 @functools.lru_cache(maxsize=512)
@@ -36,7 +35,7 @@ def _read_cutout(path: Path) -> Image.Image:
 
 
 @dataclass(eq=False)
-class Collages(Dataset):
+class Collages(SceneDataset):
     """Cut-out objects pasted on photographs. Item: (image, label), with ``masks=True`` (image, label, mask).
 
     The image is float32 (3, size, size) in [0, 255], the label an index into ``classes``, the mask bool (size, size). Item i has
@@ -90,18 +89,7 @@ class Collages(Dataset):
             raise ValueError(f"{self._files[name][0]} must be named after one of classes, got {name!r}; close matches: {close}")
         return names.index(name)
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> tuple:
-        scene = self.scene(index)
-        return (scene.image, scene.labels[0], scene.masks[0]) if self.masks else (scene.image, scene.labels[0])
-
-    def scene(self, index: int) -> Scene:
-        """Return one image with all labels and masks. Raises IndexError if ``index`` is out of range."""
-        if not -self.length <= index < self.length:
-            raise IndexError(f"index must be in [{-self.length}, {self.length}), got {index}")
-        index %= self.length
+    def _make_scene(self, index: int) -> Scene:
         layout, backdrop = (np.random.default_rng([self.seed, index, stream]) for stream in range(2))
         known = list(self._labels)
         first = index % len(known)

@@ -80,8 +80,31 @@ class Scene:
     masks: Tensor
 
 
+class SceneDataset(Dataset):
+    """Base of data sets of scenes. Item: (image, label), with ``masks=True`` (image, label, mask), of the first object."""
+
+    length: int
+    masks: bool
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple:
+        scene = self.scene(index)
+        return (scene.image, scene.labels[0], scene.masks[0]) if self.masks else (scene.image, scene.labels[0])
+
+    def scene(self, index: int) -> Scene:
+        """Return one scene with all labels and masks. Raises IndexError if ``index`` is out of range."""
+        if not -self.length <= index < self.length:
+            raise IndexError(f"index must be in [{-self.length}, {self.length}), got {index}")
+        return self._make_scene(index % self.length)
+
+    def _make_scene(self, index: int) -> Scene:
+        raise NotImplementedError
+
+
 @dataclass(eq=False)
-class Signs(Dataset):
+class Signs(SceneDataset):
     """Procedural scenes with known object masks. Item: (image, label), with ``masks=True`` (image, label, mask).
 
     The image is float32 (3, size, size) in [0, 255], the label an index into ``Signs.classes``, the mask bool (size, size).
@@ -122,18 +145,7 @@ class Signs(Dataset):
         centres = np.arange(self.size) + 0.5
         self._x, self._y = centres[None], centres[:, None]
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> tuple:
-        scene = self.scene(index)
-        return (scene.image, scene.labels[0], scene.masks[0]) if self.masks else (scene.image, scene.labels[0])
-
-    def scene(self, index: int) -> Scene:
-        """Return one scene with all labels and masks. Raises IndexError if ``index`` is out of range."""
-        if not -self.length <= index < self.length:
-            raise IndexError(f"index must be in [{-self.length}, {self.length}), got {index}")
-        index %= self.length
+    def _make_scene(self, index: int) -> Scene:
         # one random stream per part of the scene, so that an option changes only its own part
         layout, paint, backdrop, chance = (np.random.default_rng([self.seed, index, stream]) for stream in range(4))
         label = index % len(self.classes)
